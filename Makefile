@@ -1,0 +1,30 @@
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo install lint test test-slow clean
+
+demo: install  ## a study on three procedural domains: about eight minutes on two cores
+	$(BIN)/python -m tuning run --demo
+
+install: .venv/installed  ## everything into .venv, at the versions of constraints.txt
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'error: Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11'; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo 'installing packages (a few minutes, about 7 GB) ...'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar on --constraint constraints.txt --editable '.[tuning,dev]'
+	@touch $@
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint  ## lint, and every test that is not slow
+	$(BIN)/python -m pytest
+
+test-slow: install  ## the tests marked slow
+	$(BIN)/python -m pytest -m slow
+
+clean:  ## all that the commands above made
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

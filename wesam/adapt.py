@@ -1,0 +1,213 @@
+"""The adaptation of a SAM to a domain, as a generator: whoever drives it decides where the reports go.
+
+Inside a ``torch.distributed`` process group every worker runs this same loop on its share of each step's images, and
+gradients are summed once a step; the result does not depend on the number of workers beyond rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from segment_anything.modeling import Sam
+from torch import Tensor
+
+from wesam.adapters import AdaptedSam
+from wesam.anchor import Anchor
+from wesam.config import Config, PromptKind
+from wesam.data.domain import Domain
+from wesam.errors import InputError
+from wesam.evaluate import Scores, measure
+from wesam.methods import Batch, Method, get_method
+from wesam.views import flip, strong
+
+STATE_FILE = "state.safetensors"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What is known after a step."""
+
+    step: int
+    """Steps done; 0 is the report before the first, whose scores are those of the source model (Direct)."""
+    steps: int
+    losses: dict[str, float]
+    """Each weighted loss and their ``total``, averaged over the step's images; empty at step 0."""
+    seconds: float
+    """Time of this step without its evaluation."""
+    val: Scores | None
+    """Scores on val, at step 0, every ``eval_every`` steps and at the last one; None in between."""
+    model: AdaptedSam = field(repr=False)
+    """The model as it is now; it goes on changing."""
+    optimizer: torch.optim.Adam = field(repr=False)
+
+    def save(self, directory: Path) -> None:
+        """Writes a checkpoint, an adapter with its optimiser, from which ``resume`` goes on bit by bit."""
+        self.model.save(directory)
+        state: dict[str, Tensor] = {"step": torch.tensor(self.step)}
+        for i, p in enumerate(self.model.trainable()):
+            state |= {f"{k}.{i}": v for k, v in self.optimizer.state.get(p, {}).items()}
+        state |= {f"teacher.{i}": p.detach().clone() for i, p in enumerate(self.model.teacher_parameters())}
+        save_file(state, directory / STATE_FILE)
+
+
+def adapt(
+    sam: Sam, domain: Domain, config: Config, *, resume: Path | None = None, direct: Scores | None = None
+) -> Iterator[Report]:
+    """Adapts the SAM to the domain's train split; yields a report before the first step and after every one.
+
+    sam: the frozen source model, never changed. resume: a folder written by :meth:`Report.save` under the same
+    configuration. direct: the source model's scores on val, if known, to save computing them again.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if config.optim.batch_size < world:
+        raise InputError(f"optim.batch_size {config.optim.batch_size} is less than the {world} workers that share it")
+    method = get_method(config.method)
+    decay = config.teacher.decay
+    model = AdaptedSam(sam, config.lora, teacher=decay > 0, seed=config.seed)
+    parameters = model.trainable()
+    optimizer = torch.optim.Adam(parameters, config.optim.lr, weight_decay=config.optim.weight_decay)
+    anchor = _anchor(sam, domain, config.prompt)
+    val = domain.split("val")
+
+    def scores() -> Scores:
+        return _gathered(measure(model, val[rank::world], config.prompt), len(val))
+
+    done = _restore(resume, model, optimizer) if resume else 0
+    if done == 0:
+        yield Report(0, config.steps, {}, 0.0, direct or scores(), model, optimizer)
+    for step in range(done, config.steps):
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = config.optim.lr * warmup(step, config)
+        batch = draw(anchor, config, step, method, rank, world)
+        losses = {k: _mean_over_images(v, batch.image, config) for k, v in method.losses(model, batch, config).items()}
+        total = torch.stack(list(losses.values())).sum()
+        optimizer.zero_grad()
+        total.backward()
+        values = _sum_over_workers(parameters, torch.stack([*(v.detach() for v in losses.values()), total.detach()]))
+        if not values.isfinite().all():
+            raise FloatingPointError(f"loss is not finite at step {step + 1}: lower optim.lr or optim.clip_norm")
+        if config.optim.clip_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
+        optimizer.step()
+        model.follow(decay)
+        seconds = time.perf_counter() - began
+        last = step + 1 == config.steps
+        found = scores() if last or (step + 1) % config.eval_every == 0 else None
+        named = dict(zip([*losses, "total"], values.tolist(), strict=True))
+        yield Report(step + 1, config.steps, named, seconds, found, model, optimizer)
+
+
+def warmup(step: int, config: Config) -> float:
+    """The factor on the learning rate at this step: a linear rise, of at most a quarter of the run, then 1."""
+    rise = min(config.optim.warmup_steps, config.steps // 4)
+    return min(1.0, (step + 1) / (rise + 1))
+
+
+def draw(anchor: Anchor, config: Config, step: int, method: Method, rank: int = 0, world: int = 1) -> Batch:
+    """This worker's images of a step; a function of seed and step alone, so nothing is lost by a restart."""
+    size = config.optim.batch_size
+    weak, strongs, prompts = [], [], []
+    masks: list[Tensor] = []
+    features: list[Tensor] = []
+    truths: list[Tensor] = []
+    image: list[Tensor] = []
+    for slot in range(rank, size, world):
+        epoch, place = divmod(step * size + slot, len(anchor))
+        index = int(torch.randperm(len(anchor), generator=_generator(config.seed, 1, epoch))[place])
+        generator = _generator(config.seed, 2, step, slot)
+        item = anchor.prepared(index)
+        chosen = torch.randperm(len(item.prompts), generator=generator)[: config.max_instances]
+        coins = torch.rand(2, generator=generator) < 0.5
+        flips = (bool(coins[0]), bool(coins[1])) if config.views.flip else (False, False)
+        view = flip(item.image, *flips)
+        answer = anchor.answer(index, flips)
+        weak.append(view)
+        strongs.append(strong(view, config.views.strength, generator))
+        prompts.append(item.prompts[chosen].flipped(*flips, (view.shape[1], view.shape[2])))
+        masks.append(answer.masks[chosen])
+        features.append(answer.features[chosen])
+        image.append(torch.full((len(chosen),), len(image)))
+        if method.needs_masks:
+            truths.append(anchor.truth(index, flips, chosen))
+    device = anchor.sam.pixel_mean.device
+    all_masks = torch.cat(masks).to(device)
+    stride = anchor.sam.image_encoder.img_size / all_masks.shape[-1]
+    truth = torch.cat(truths).to(device) if truths else None
+    return Batch(
+        weak, strongs, prompts, torch.cat(image).to(device), all_masks, torch.cat(features).to(device), truth, stride
+    )
+
+
+_ANCHORS: WeakKeyDictionary[Sam, dict[tuple[str, str, PromptKind], Anchor]] = WeakKeyDictionary()
+
+
+def _anchor(sam: Sam, domain: Domain, prompt: PromptKind) -> Anchor:
+    """The anchor's answers, shared by all adaptations of this model to this domain in this process."""
+    kept = _ANCHORS.setdefault(sam, {})
+    return kept.setdefault((domain.name, domain.digest, prompt), Anchor(sam, domain.split("train"), prompt))
+
+
+def _generator(*words: int) -> torch.Generator:
+    """A generator seeded by all these words."""
+    seed = 0
+    for word in words:
+        seed = (seed * 1_000_003 + word + 1) % (2**63 - 1)
+    return torch.Generator().manual_seed(seed)
+
+
+def _mean_over_images(values: Tensor, image: Tensor, config: Config) -> Tensor:
+    """Per prompt [N] -> mean over an image's prompts, then over all images of the step, those of other workers too."""
+    sizes = image.bincount()
+    return (values / sizes[image]).sum() / config.optim.batch_size
+
+
+def _sum_over_workers(parameters: list[torch.nn.Parameter], values: Tensor) -> Tensor:
+    """Sums gradients, in place, and the values over all workers."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    flat = torch.cat([*(p.grad.flatten() for p in parameters if p.grad is not None), values])
+    dist.all_reduce(flat)
+    at = 0
+    for p in parameters:
+        if p.grad is not None:
+            p.grad.copy_(flat[at : at + p.numel()].view_as(p))
+            at += p.numel()
+    return flat[at:]
+
+
+def _gathered(mine: list[tuple[Tensor, Tensor]], total: int) -> Scores:
+    """The scores over all workers' images, in their one order, so that every worker has the same."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return Scores.of(mine)
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return Scores.of([parts[i % len(parts)][i // len(parts)] for i in range(total)])
+
+
+def _restore(directory: Path, model: AdaptedSam, optimizer: torch.optim.Adam) -> int:
+    """Loads a checkpoint into the model and the optimiser; returns the steps it had done."""
+    saved = AdaptedSam.load(model.anchor, directory)
+    try:
+        state = load_file(directory / STATE_FILE)
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"cannot go on from {directory}: {e}") from None
+    with torch.no_grad():
+        for i, (p, q) in enumerate(zip(model.trainable(), saved.trainable(), strict=True)):
+            if p.shape != q.shape:
+                raise InputError(f"the checkpoint in {directory} was made with another lora configuration")
+            p.copy_(q)
+            names = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{i}" in state]
+            optimizer.state[p] = {k: state[f"{k}.{i}"].clone() for k in names}
+        for i, t in enumerate(model.teacher_parameters()):
+            t.copy_(state[f"teacher.{i}"])
+    return int(state["step"])

@@ -1,0 +1,247 @@
+"""The command ``wesam``: models, domains, evaluate, adapt, predict."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from segment_anything.modeling import Sam
+
+from wesam.adapt import adapt
+from wesam.adapters import AdaptedSam
+from wesam.config import PRESETS, PromptKind, preset
+from wesam.console import Parser, guarded, table, write_json
+from wesam.data import SPLITS, domain_names, load_domain
+from wesam.errors import InputError
+from wesam.evaluate import baseline, evaluate, predict
+from wesam.methods import METHODS, get_method
+from wesam.overlay import overlay
+from wesam.prompts import Prompts
+from wesam.sam import REGISTRY, load_sam, model_names
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns its exit code."""
+    args = _parser().parse_args(arguments)
+    return guarded(lambda: args.run(args))
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="wesam", description="Adapt Segment Anything to an image domain from weak labels alone.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.set_defaults(run=run)
+        return added
+
+    def model(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--model", default="nano", help=f"one of {', '.join(model_names())} (default: nano)")
+
+    def data(p: argparse.ArgumentParser) -> None:
+        names = ", ".join(domain_names())
+        p.add_argument(
+            "--domain", required=True, metavar="D", help=f"{names}, or a folder with train/val/test.json in COCO format"
+        )
+        p.add_argument(
+            "--prompt", choices=get_args(PromptKind), default="box", help="kind of weak label (default: box)"
+        )
+
+    def result(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
+
+    result(command("models", _models, "List the models."))
+    result(command("domains", _domains, "List the built-in domains."))
+
+    p = command("evaluate", _evaluate, "Score a model, with or without an adapter, on a split of a domain.")
+    data(p)
+    model(p)
+    p.add_argument("--split", choices=SPLITS, default="test")
+    p.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter to put on the model")
+    p.add_argument(
+        "--baseline", choices=("box", "ellipse"), help="score this drawing of the given box instead of a model"
+    )
+    result(p)
+
+    p = command("adapt", _adapt, "Adapt a model to a domain; keep the adapter that is best on val.")
+    data(p)
+    model(p)
+    p.add_argument("--method", default="wesam", help=f"one of {', '.join(METHODS)} (default: wesam)")
+    p.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: the model's own)")
+    p.add_argument("--steps", type=int, help="optimisation steps")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="a hyperparameter, as in lora.rank=8"
+    )
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the adapter")
+    result(p)
+
+    p = command("predict", _predict, "Segment one object of an image.")
+    model(p)
+    p.add_argument("--image", type=Path, required=True)
+    given = p.add_mutually_exclusive_group(required=True)
+    given.add_argument("--box", metavar="X0,Y0,X1,Y1", help="its bounding box, in pixels")
+    given.add_argument(
+        "--point", nargs="+", metavar="X,Y[,0|1]", help="clicks, in pixels; 1 on it (default), 0 beside it"
+    )
+    p.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter to put on the model")
+    p.add_argument("--out", type=Path, required=True, metavar="MASK.png", help="the mask: 255 inside, 0 outside")
+    p.add_argument("--overlay", type=Path, metavar="PICTURE.png", help="the mask drawn over the image")
+    result(p)
+    return parser
+
+
+def _models(args: argparse.Namespace) -> None:
+    rows = []
+    for name, entry in REGISTRY.items():
+        sam = load_sam(name)
+        rows.append(
+            {"model": name, "parameters": sum(p.numel() for p in sam.parameters()),
+             "input": sam.image_encoder.img_size, "note": entry.note}
+        )  # fmt: skip
+    print(table(rows))
+    write_json(args.json, rows)
+
+
+def _domains(args: argparse.Namespace) -> None:
+    rows: list[dict[str, Any]] = []
+    for name in domain_names():
+        domain = load_domain(name)
+        rows.append({"domain": name, **{s: len(domain.split(s)) for s in SPLITS}, "note": domain.note})
+    print(table(rows))
+    write_json(args.json, rows)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    domain = load_domain(args.domain)
+    split = domain.split(args.split)
+    if args.baseline:
+        scores, name = baseline(args.baseline, split), f"{args.baseline} (no model)"
+    else:
+        model, name = _model(args), args.model
+        scores = evaluate(model, split, args.prompt, progress=_progress("evaluating"))
+    row = {
+        "domain": domain.name, "model": name, "adapter": str(args.adapter) if args.adapter else None,
+        "prompt": args.prompt, "split": args.split, **dataclasses.asdict(scores),
+    }  # fmt: skip
+    print(table([row]))
+    write_json(args.json, row)
+
+
+def _adapt(args: argparse.Namespace) -> None:
+    sam, domain = load_sam(args.model), load_domain(args.domain)
+    get_method(args.method)
+    changes = {"method": args.method, "prompt": args.prompt, "seed": args.seed}
+    if args.steps is not None:
+        changes["steps"] = args.steps
+    config = preset(args.preset or (args.model if args.model in PRESETS else "paper")).replace(changes).parse(args.set)
+    _writable(args.out)
+    best, best_step, direct, curve = -1.0, 0, 0.0, []
+    began = time.monotonic()
+    for report in adapt(sam, domain, config):
+        done = f"step {report.step}/{report.steps}"
+        if report.val is None:
+            _line(f"{done}  loss {report.losses['total']:.3f}  {report.seconds:.2f} s/step")
+            continue
+        curve.append({"step": report.step, "miou": report.val.miou, "f1": report.val.f1, **report.losses})
+        direct = report.val.miou if report.step == 0 else direct
+        kept = ""
+        if report.val.miou > best:
+            best, best_step, kept = report.val.miou, report.step, "  kept"
+            report.model.save(args.out)
+        _line("")
+        print(f"{done}  val mIoU {report.val.miou:.3f}  {time.monotonic() - began:.0f} s{kept}", flush=True)
+    row = {
+        "domain": domain.name, "model": args.model, "method": args.method, "prompt": args.prompt,
+        "direct": direct, "best": best, "step": best_step, "adapter": str(args.out),
+    }  # fmt: skip
+    print(table([row]))
+    if best_step == 0:
+        print("no step was better on val than the unadapted model: the adapter changes nothing")
+    write_json(args.out / "adaptation.json", {**row, "config": config.flat(), "data": domain.digest, "curve": curve})
+    write_json(args.json, row)
+
+
+def _predict(args: argparse.Namespace) -> None:
+    model = _model(args)
+    try:
+        with Image.open(args.image) as opened:
+            image = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, UnidentifiedImageError) as e:
+        raise InputError(f"cannot read the image {args.image}: {e}") from None
+    prompts = _box(args.box) if args.box else _points(args.point)
+    masks, iou = predict(model, image, prompts)
+    _save(Image.fromarray(masks[0].numpy().astype(np.uint8) * 255), args.out)
+    if args.overlay:
+        _save(overlay(image, masks, boxes=prompts.boxes, points=prompts.points), args.overlay)
+    row = {"mask": str(args.out), "pixels": int(masks[0].sum()), "predicted_iou": round(float(iou[0]), 3)}
+    print(table([row]))
+    write_json(args.json, row)
+
+
+def _model(args: argparse.Namespace) -> Sam | AdaptedSam:
+    sam = load_sam(args.model)
+    return AdaptedSam.load(sam, args.adapter) if args.adapter else sam
+
+
+def _numbers(text: str, what: str, counts: tuple[int, ...]) -> list[float]:
+    try:
+        values = [float(v) for v in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) not in counts:
+        raise InputError(f"expected {what}, got {text!r}")
+    return values
+
+
+def _box(text: str) -> Prompts:
+    x0, y0, x1, y1 = _numbers(text, "a box x0,y0,x1,y1", (4,))
+    if x1 <= x0 or y1 <= y0:
+        raise InputError(f"the box {text} is empty: x1 must be above x0 and y1 above y0")
+    return Prompts(boxes=torch.tensor([[x0, y0, x1, y1]]))
+
+
+def _points(texts: list[str]) -> Prompts:
+    clicks = [_numbers(t, "a click x,y or x,y,0 or x,y,1", (2, 3)) for t in texts]
+    labels = [int(c[2]) if len(c) == 3 else 1 for c in clicks]
+    if not set(labels) <= {0, 1} or 1 not in labels:
+        raise InputError("clicks are labelled 1 (on the object) or 0 (beside it), at least one with 1")
+    return Prompts(points=torch.tensor([[c[:2] for c in clicks]]), point_labels=torch.tensor([labels]))
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    try:
+        picture.save(path)
+    except (OSError, ValueError) as e:
+        raise InputError(f"cannot write {path}: {e}") from None
+
+
+def _writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (probe := folder / ".probe").touch()
+        probe.unlink()
+    except OSError as e:
+        raise InputError(f"cannot write to {folder}: {e.strerror}") from None
+
+
+def _line(text: str) -> None:
+    """A line that the next one overwrites; only where a person looks on."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _progress(what: str) -> Callable[[int, int], None]:
+    return lambda done, total: _line(f"{what} {done}/{total}" if done < total else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""Every hyperparameter, once: its meaning, unit, range and default.
+
+The defaults are the published values (CVPR 2024, and the authors' code where the paper is silent);
+:func:`preset` gives the same values scaled for a model. A dotted path such as ``lora.rank`` names a field from the
+command line, from a study's file and in MLflow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+from wesam.errors import InputError, unknown
+
+PromptKind = Literal["box", "point", "coarse"]
+Targets = Literal["qkv", "attention", "encoder", "encoder+decoder"]
+Value = int | float | bool | str
+
+
+def _hp(default: Any, doc: str, low: float | None = None, high: float | None = None) -> Any:
+    """A field with its meaning and its range, both ends included."""
+    return field(default=default, metadata={"doc": doc, "low": low, "high": high})
+
+
+class _Checked:
+    """Refuses values of the wrong type or out of range as soon as a configuration is made."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, hint = getattr(self, f.name), hints[f.name]
+            if dataclasses.is_dataclass(hint):
+                continue
+            choices = typing.get_args(hint)
+            if choices:
+                if value not in choices:
+                    raise unknown(f.name, str(value), map(str, choices))
+                continue
+            if hint is float and type(value) is int:
+                object.__setattr__(self, f.name, value := float(value))
+            if type(value) is not hint:
+                raise InputError(f"{f.name} must be {_TYPE_NAMES[hint]}, got {value!r}")
+            low, high = f.metadata.get("low"), f.metadata.get("high")
+            if (low is not None and not value >= low) or (high is not None and not value <= high):
+                raise InputError(f"{f.name} must lie in [{low}, {'inf' if high is None else high}], got {value!r}")
+
+
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(_Checked):
+    """Where the low-rank matrices sit and how large they are (the paper: theta + AB)."""
+
+    rank: int = _hp(4, "rank of the two matrices", 1, 256)
+    alpha_ratio: float = _hp(1.0, "alpha / rank: the factor on BA (1 in the published code)", 0.01, 64)
+    targets: Targets = _hp(
+        "encoder",
+        "qkv: the encoder's attention inputs; attention: + its outputs; encoder: + the MLPs, as in the paper; "
+        "encoder+decoder: + the mask decoder's linear layers",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(_Checked):
+    """Weights and constants of the three losses."""
+
+    focal: float = _hp(20.0, "weight of the focal loss against the teacher's pseudo labels", 0)
+    dice: float = _hp(1.0, "weight of the dice loss against the teacher's pseudo labels", 0)
+    iou: float = _hp(1.0, "weight of the IoU head's squared error", 0)
+    anchor: float = _hp(1.0, "weight of the anchor loss, half for the student and half for the teacher", 0)
+    contrastive: float = _hp(1.0, "weight of the contrastive loss", 0)
+    temperature: float = _hp(0.3, "temperature tau of the contrastive loss", 0.001, 100)
+    focal_alpha: float = _hp(0.8, "focal loss: weight of foreground; background has 1 - alpha", 0, 1)
+    focal_gamma: float = _hp(2.0, "focal loss: focusing exponent", 0, 10)
+    tightness: float = _hp(0.0, "weight of the box-tightness loss; not in the paper, only with box prompts", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig(_Checked):
+    """The teacher that makes the pseudo labels."""
+
+    decay: float = _hp(
+        0.0, "decay of the teacher's moving average; 0 shares the student's weights, as in the paper", 0, 1
+    )
+    cut_to_box: bool = _hp(False, "cut pseudo labels to the given box; not in the paper, only with box prompts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewConfig(_Checked):
+    """The two augmented views of an image."""
+
+    flip: bool = _hp(True, "weak view: random horizontal and vertical flips")
+    strength: float = _hp(1.0, "strength of the strong view's photometric changes; 0 is none", 0, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(_Checked):
+    """Adam and its schedule."""
+
+    lr: float = _hp(1e-4, "learning rate after warm-up", 0, 1)
+    weight_decay: float = _hp(1e-4, "weight decay", 0, 1)
+    warmup_steps: int = _hp(250, "steps of linear warm-up; never more than a quarter of the run", 0)
+    clip_norm: float = _hp(1.0, "gradients are scaled to at most this norm; 0 never clips", 0)
+    batch_size: int = _hp(4, "images a step, over all workers", 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(_Checked):
+    """One adaptation: the method, its budget, and all its hyperparameters."""
+
+    method: str = _hp("wesam", "the method: a name from wesam.methods")
+    prompt: PromptKind = _hp("box", "kind of weak label")
+    steps: int = _hp(1000, "optimisation steps", 1)
+    eval_every: int = _hp(100, "steps between two evaluations on val", 1)
+    max_instances: int = _hp(50, "instances of an image used in one step; more are drawn at random", 1)
+    seed: int = _hp(0, "seed of all that is random in the run", 0)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def replace(self, changes: Mapping[str, Value]) -> Self:
+        """A copy with the fields at these dotted paths changed; raises InputError for a wrong path or value."""
+        tops: dict[str, Any] = {}
+        known = self.flat()
+        for path, value in changes.items():
+            if path not in known:
+                raise unknown("hyperparameter", path, known)
+            section, _, name = path.rpartition(".")
+            if section:
+                tops.setdefault(section, {})[name] = value
+            else:
+                tops[name] = value
+        try:
+            return dataclasses.replace(
+                self,
+                **{
+                    k: dataclasses.replace(getattr(self, k), **v) if isinstance(v, dict) else v for k, v in tops.items()
+                },
+            )
+        except InputError as e:
+            raise InputError(f"in the configuration: {e}") from None
+
+    def parse(self, assignments: list[str]) -> Self:
+        """A copy changed by texts of the form ``path.to.field=value``, as given on a command line."""
+        changes: dict[str, Value] = {}
+        known = self.flat()
+        for text in assignments:
+            path, sep, value = text.partition("=")
+            if not sep:
+                raise InputError(f"expected path.to.field=value, got {text!r}")
+            if path not in known:
+                raise unknown("hyperparameter", path, known)
+            changes[path] = _parse(path, value, type(known[path]))
+        return self.replace(changes)
+
+    def flat(self) -> dict[str, Value]:
+        """All fields by dotted path."""
+        out: dict[str, Value] = {}
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if dataclasses.is_dataclass(value):
+                out.update({f"{f.name}.{k.name}": getattr(value, k.name) for k in dataclasses.fields(value)})
+            else:
+                out[f.name] = value
+        return out
+
+
+def _parse(path: str, text: str, kind: type) -> Value:
+    if kind is bool:
+        if text.lower() in ("true", "false"):
+            return text.lower() == "true"
+    else:
+        try:
+            return typing.cast(Value, kind(text))
+        except ValueError:
+            pass
+    raise InputError(f"{path} must be {_TYPE_NAMES[kind]}, got {text!r}")
+
+
+PRESETS: dict[str, dict[str, Value]] = {
+    "paper": {},
+    "nano": {"optim.lr": 1e-3, "optim.warmup_steps": 10, "steps": 100, "eval_every": 20, "max_instances": 8},
+}
+"""What differs from the published values, by preset. A model without a preset of its own uses the published ones."""
+
+
+def preset(name: str) -> Config:
+    """The configuration of this preset: ``paper``, or the defaults of a model by its name."""
+    if name not in PRESETS:
+        raise unknown("preset", name, PRESETS)
+    return Config().replace(PRESETS[name])

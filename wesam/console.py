@@ -1,0 +1,58 @@
+"""What every command line of the project shares: one-line errors, exit codes, JSON results."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from wesam.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line and exit with code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the message and where to find help, and exits."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def guarded(run: Callable[[], None]) -> int:
+    """Runs a command; bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        run()
+        sys.stdout.flush()
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except FloatingPointError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def write_json(path: Path | None, result: Any) -> None:
+    """Writes a result where ``--json`` says, if it says."""
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    except OSError as e:
+        raise InputError(f"cannot write {path}: {e.strerror}") from None
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as aligned columns under their names; floats with three decimals."""
+    cells = [[f"{v:.3f}" if isinstance(v, float) else "-" if v is None else str(v) for v in r.values()] for r in rows]
+    cells.insert(0, list(rows[0]))
+    widths = [max(len(c[i]) for c in cells) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(v.ljust(w) for v, w in zip(c, widths, strict=True)).rstrip() for c in cells)

@@ -1,0 +1,35 @@
+"""Domains: where images and their weak labels come from."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from wesam.data.coco import coco
+from wesam.data.domain import SPLITS, Domain, Sample, Split
+from wesam.data.procedural import NOTES, procedural
+from wesam.errors import InputError, unknown
+
+
+def domain_names() -> list[str]:
+    """The names that :func:`load_domain` knows besides folders."""
+    return list(NOTES)
+
+
+@lru_cache(maxsize=16)
+def load_domain(name: str) -> Domain:
+    """The domain of this name, or in this folder (train.json, val.json, test.json in COCO instances format).
+
+    A process loads a domain once. Raises InputError for an unknown name and for a folder that is no domain.
+    """
+    if name in NOTES:
+        return procedural(name)
+    folder = Path(name)
+    if folder.is_dir():
+        return coco(folder)
+    if "/" in name:
+        raise InputError(f"no such folder: {name}")
+    raise unknown("domain", name, NOTES)
+
+
+__all__ = ["SPLITS", "Domain", "Sample", "Split", "domain_names", "load_domain"]

@@ -1,0 +1,124 @@
+"""mIoU and F1 per instance, averaged per image and then over images, with masks compared at the image's own size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from segment_anything.modeling import Sam
+from torch import Tensor
+
+from wesam.config import PromptKind
+from wesam.data.domain import Sample
+from wesam.prompts import Prompts, tight_boxes, weak_labels
+from wesam.sam.promptable import decode, encode, resize, upscale
+
+CHUNK = 64
+"""Prompts decoded at once."""
+
+
+class HasSam(Protocol):
+    """Anything that wraps a SAM, as an adapted one does."""
+
+    @property
+    def sam(self) -> Sam:
+        """The SAM that predicts."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The evaluation of one split."""
+
+    images: int
+    instances: int
+    miou: float
+    """Mean over images of the mean IoU of the image's instances, 0..1."""
+    f1: float
+    """The same mean of F1 = 2 TP / (2 TP + FP + FN), 0..1."""
+
+    @classmethod
+    def of(cls, per_image: Sequence[tuple[Tensor, Tensor]]) -> Scores:
+        """From each image's IoUs [N] and F1s [N]."""
+        return cls(
+            len(per_image),
+            sum(len(i) for i, _ in per_image),
+            float(torch.stack([i.mean() for i, _ in per_image]).mean()),
+            float(torch.stack([f.mean() for _, f in per_image]).mean()),
+        )
+
+
+def overlap(predicted: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and F1 of masks, both bool [N, H, W] -> each [N]; a truth is never empty."""
+    both = (predicted & truth).flatten(1).sum(1).double()
+    total = predicted.flatten(1).sum(1).double() + truth.flatten(1).sum(1).double()
+    return both / (total - both), 2 * both / total
+
+
+@torch.no_grad()
+def predict(model: Sam | HasSam, image: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """The masks for the prompts of one image.
+
+    image: uint8 [3, H, W], RGB. prompts: N of them, in pixels of this image. Returns masks, bool [N, H, W], and the
+    IoU that the model predicts for each, float [N].
+    """
+    sam = model if isinstance(model, Sam) else model.sam
+    side: int = sam.image_encoder.img_size
+    small = resize(image, side)
+    given = prompts.scaled(side / max(image.shape[1:]))
+    embedding = encode(sam, [small])
+    masks, ious = [], []
+    for part in torch.arange(len(given)).split(CHUNK):
+        out = decode(sam, embedding, [given[part]])
+        size = (int(image.shape[1]), int(image.shape[2]))
+        masks.append((upscale(out.logits, side, (small.shape[1], small.shape[2]), size) > 0).cpu())
+        ious.append(out.iou.cpu())
+    return torch.cat(masks), torch.cat(ious)
+
+
+def evaluate(
+    model: Sam | HasSam,
+    split: Sequence[Sample],
+    prompt: PromptKind,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """The model's scores on these images with prompts of this kind."""
+    return Scores.of(measure(model, split, prompt, progress=progress))
+
+
+def measure(
+    model: Sam | HasSam,
+    split: Sequence[Sample],
+    prompt: PromptKind,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Each image's IoUs [N] and F1s [N]."""
+    out = []
+    for i in range(len(split)):
+        sample = split[i]
+        masks, _ = predict(model, sample.image, weak_labels(sample.masks, prompt, sample.key))
+        out.append(overlap(masks, sample.masks))
+        if progress:
+            progress(i + 1, len(split))
+    return out
+
+
+def baseline(kind: Literal["box", "ellipse"], split: Sequence[Sample]) -> Scores:
+    """What needs no model: the given box filled, or the ellipse inscribed in it."""
+    out = []
+    for i in range(len(split)):
+        masks = split[i].masks
+        boxes = tight_boxes(masks)
+        drawn = torch.stack([_draw(kind, b, masks.shape[1], masks.shape[2]) for b in boxes])
+        out.append(overlap(drawn, masks))
+    return Scores.of(out)
+
+
+def _draw(kind: Literal["box", "ellipse"], box: Tensor, height: int, width: int) -> Tensor:
+    centre, radius = (box[:2] + box[2:]) / 2, ((box[2:] - box[:2]) / 2).clamp(min=0.5)
+    x = ((torch.arange(width) + 0.5 - centre[0]) / radius[0])[None, :]
+    y = ((torch.arange(height) + 0.5 - centre[1]) / radius[1])[:, None]
+    return (x.abs() <= 1) & (y.abs() <= 1) if kind == "box" else x**2 + y**2 <= 1

@@ -1,0 +1,161 @@
+"""Weak labels: what a person gives instead of a mask, and the form in which SAM takes it.
+
+Coordinates are continuous pixels, x to the right and y down: the pixel in column i covers [i, i + 1].
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Self
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from wesam.config import PromptKind
+
+POINTS = 5
+"""Clicks inside and clicks outside each instance (METHOD: 5 positives, 5 negatives)."""
+
+VERTICES = 8
+"""The most vertices of a coarse mask's polygon."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """The weak labels of N instances, all of one kind, in one frame; what the kind does not have is None."""
+
+    boxes: Tensor | None = None
+    """[N, 4] float, (x0, y0, x1, y1)."""
+    points: Tensor | None = None
+    """[N, P, 2] float, (x, y)."""
+    point_labels: Tensor | None = None
+    """[N, P] int, 1 inside and 0 outside the instance."""
+    polygons: tuple[Tensor, ...] | None = None
+    """N polygons, each [V, 2] float, (x, y)."""
+
+    def __post_init__(self) -> None:
+        if sum(x is not None for x in (self.boxes, self.points, self.polygons)) != 1:
+            raise ValueError("prompts are of exactly one kind: boxes, points or polygons")
+        if (self.points is None) != (self.point_labels is None):
+            raise ValueError("points come with their labels")
+
+    def __len__(self) -> int:
+        given = self.boxes if self.boxes is not None else self.points if self.points is not None else self.polygons
+        assert given is not None
+        return len(given)
+
+    def __getitem__(self, index: Tensor) -> Self:
+        """The prompts at these places, an int tensor [M]."""
+        return type(self)(
+            boxes=None if self.boxes is None else self.boxes[index],
+            points=None if self.points is None else self.points[index],
+            point_labels=None if self.point_labels is None else self.point_labels[index],
+            polygons=None if self.polygons is None else tuple(self.polygons[i] for i in index.tolist()),
+        )
+
+    def scaled(self, factor: float) -> Self:
+        """The same prompts in an image resized by this factor."""
+        return type(self)(
+            boxes=None if self.boxes is None else self.boxes * factor,
+            points=None if self.points is None else self.points * factor,
+            point_labels=self.point_labels,
+            polygons=None if self.polygons is None else tuple(p * factor for p in self.polygons),
+        )
+
+    def flipped(self, horizontal: bool, vertical: bool, size: tuple[int, int]) -> Self:
+        """The same prompts in an image of this (height, width), mirrored left-right and/or up-down."""
+        at = torch.tensor([size[1] if horizontal else 0, size[0] if vertical else 0], dtype=torch.float32)
+        sign = torch.tensor([-1.0 if horizontal else 1.0, -1.0 if vertical else 1.0])
+        boxes = None
+        if self.boxes is not None:
+            corners = self.boxes.reshape(-1, 2, 2) * sign + at
+            boxes = torch.cat([corners.amin(1), corners.amax(1)], 1)
+        return type(self)(
+            boxes=boxes,
+            points=None if self.points is None else self.points * sign + at,
+            point_labels=self.point_labels,
+            polygons=None if self.polygons is None else tuple(p * sign + at for p in self.polygons),
+        )
+
+    def mask_input(self, size: int, stride: float) -> Tensor:
+        """The polygons as SAM's mask input, one cell per ``stride`` pixels: logits [N, 1, size, size], 8 in, -8 out."""
+        assert self.polygons is not None
+        out = np.full((len(self.polygons), 1, size, size), -8.0, np.float32)
+        for cell, polygon in zip(out, self.polygons, strict=True):
+            corners = np.round((polygon.numpy() / stride - 0.5) * 16).astype(np.int32)
+            cv2.fillPoly(cell[0], [corners], 8.0, cv2.LINE_8, 4)
+        return torch.from_numpy(out)
+
+    @classmethod
+    def concatenate(cls, parts: list[Self]) -> Self:
+        """The prompts of several images as one, in order; all of the same kind."""
+
+        def joined(name: str) -> Tensor | None:
+            return None if getattr(parts[0], name) is None else torch.cat([getattr(p, name) for p in parts])
+
+        polygons = None if parts[0].polygons is None else tuple(g for p in parts for g in p.polygons or ())
+        return cls(
+            boxes=joined("boxes"), points=joined("points"), point_labels=joined("point_labels"), polygons=polygons
+        )
+
+
+def weak_labels(masks: Tensor, kind: PromptKind, key: str) -> Prompts:
+    """The weak labels that a person would have given once for these instances.
+
+    masks: bool [N, H, W], each with at least one pixel. key: names the image; the same key and masks give the same
+    labels in every epoch, process and run. Returns prompts in the frame of the masks.
+    """
+    if kind == "box":
+        return Prompts(boxes=tight_boxes(masks))
+    if kind == "coarse":
+        return Prompts(polygons=tuple(_polygon(m.numpy()) for m in masks))
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+    rng = np.random.default_rng(seed)
+    points = [_clicks(rng, m.numpy(), POINTS, POINTS) for m in masks]
+    labels = torch.tensor([1] * POINTS + [0] * POINTS).expand(len(masks), -1)
+    return Prompts(points=torch.from_numpy(np.stack(points)), point_labels=labels)
+
+
+def tight_boxes(masks: Tensor) -> Tensor:
+    """The tight bounding boxes [N, 4] of masks, bool [N, H, W]; all zeros for an empty mask."""
+    return torch.cat([_extent(masks.any(1)), _extent(masks.any(2))], 1)[:, [0, 2, 1, 3]]
+
+
+def _extent(line: Tensor) -> Tensor:
+    """First and one past last true place of each row, [N, L] -> float [N, 2]; zeros where there is none."""
+    n = line.shape[1]
+    first = line.int().argmax(1)
+    last = n - line.flip(1).int().argmax(1)
+    return torch.stack([first, last], 1).float() * line.any(1, keepdim=True)
+
+
+def _clicks(rng: np.random.Generator, mask: np.ndarray, inside: int, outside: int) -> np.ndarray:
+    """Clicks at pixel centres, float32 [inside + outside, 2]; the ones outside lie around the object."""
+    ys, xs = np.nonzero(mask)
+    top, left = max(0, ys[0] - (margin := 4 + (ys[-1] - ys[0] + 1) // 4)), max(0, xs.min() - margin)
+    near = ~mask[top : ys[-1] + margin + 1, left : xs.max() + margin + 1]
+    if near.any():
+        oy, ox = np.nonzero(near)
+        oy, ox = oy + top, ox + left
+    else:
+        oy, ox = np.nonzero(~mask) if not mask.all() else (np.array([0]), np.array([0]))
+    i, o = rng.integers(0, len(ys), inside), rng.integers(0, len(oy), outside)
+    return np.stack([np.r_[xs[i], ox[o]], np.r_[ys[i], oy[o]]], 1).astype(np.float32) + 0.5
+
+
+def _polygon(mask: np.ndarray) -> Tensor:
+    """The outline of the mask's largest part, simplified until it has at most VERTICES corners, float [V, 2]."""
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    outline = max(contours, key=len)
+    tolerance = 0.01 * cv2.arcLength(outline, True)
+    polygon = outline
+    while len(polygon) > VERTICES:
+        polygon = cv2.approxPolyDP(outline, tolerance, True)
+        tolerance = 1.3 * tolerance + 0.1
+    if len(polygon) < 3:  # a line or a speck: its box
+        x, y, w, h = cv2.boundingRect(outline)
+        return torch.tensor([[x, y], [x + w, y], [x + w, y + h], [x, y + h]], dtype=torch.float32)
+    return torch.from_numpy(polygon[:, 0].astype(np.float32) + 0.5)

@@ -1,0 +1,94 @@
+"""SAM's three parts as two functions: images to embeddings, embeddings and prompts to masks.
+
+Unlike ``segment_anything.Sam.forward``, the prompts of all images of a batch are decoded at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from segment_anything.modeling import Sam
+from torch import Tensor
+from torch.nn import functional as F
+
+from wesam.prompts import Prompts
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The masks predicted for N prompts."""
+
+    logits: Tensor
+    """[N, m, m] float in SAM's low-resolution frame: m cells span the padded square input; > 0 is foreground."""
+    iou: Tensor
+    """[N] float: the quality that the IoU head predicts."""
+
+
+def resize(image: Tensor, side: int) -> Tensor:
+    """The image, uint8 [3, H, W], resized so that its longer side has ``side`` pixels, as SAM wants it."""
+    h, w = image.shape[-2:]
+    factor = side / max(h, w)
+    if factor == 1:
+        return image
+    size = (max(1, round(h * factor)), max(1, round(w * factor)))
+    small = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True, align_corners=False)
+    return small[0].round().clamp(0, 255).to(torch.uint8)
+
+
+def encode(sam: Sam, images: list[Tensor]) -> Tensor:
+    """Embeddings [B, C, g, g] of images, each uint8 [3, h, w] with its longer side at the model's input size."""
+    side = sam.image_encoder.img_size
+    mean, std = sam.pixel_mean, sam.pixel_std
+    padded = [F.pad((x.to(mean.device) - mean) / std, (0, side - x.shape[2], 0, side - x.shape[1])) for x in images]
+    out: Tensor = sam.image_encoder(torch.stack(padded))
+    return out
+
+
+def decode(sam: Sam, embeddings: Tensor, prompts: list[Prompts]) -> Masks:
+    """The masks of all prompts of a batch, in order.
+
+    embeddings: [B, C, g, g]. prompts: one entry per image, in the frame of the resized image. One mask a prompt:
+    the first output token, as SAM gives with ``multimask_output=False``.
+    """
+    device = embeddings.device
+    image = torch.repeat_interleave(
+        torch.arange(len(prompts), device=device), torch.tensor([len(p) for p in prompts], device=device)
+    )
+    sparse, dense = _embed(sam, Prompts.concatenate(prompts), device)
+    decoder = sam.mask_decoder
+    tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+    tokens = torch.cat([tokens.expand(len(image), -1, -1), sparse], 1)
+    # channels last: the transformer's tokens are then contiguous, which halves its time on a CPU
+    last = {"memory_format": torch.channels_last}
+    source = (embeddings[image] + dense).contiguous(**last)
+    position = sam.prompt_encoder.get_dense_pe().contiguous(**last)
+    hidden, source = decoder.transformer(source, position, tokens)
+    upscaled = decoder.output_upscaling(source.transpose(1, 2).unflatten(2, embeddings.shape[2:]))
+    weights = decoder.output_hypernetworks_mlps[0](hidden[:, 1])
+    logits = torch.einsum("nc,nchw->nhw", weights, upscaled)
+    return Masks(logits, decoder.iou_prediction_head(hidden[:, 0])[:, 0])
+
+
+def _embed(sam: Sam, prompts: Prompts, device: torch.device) -> tuple[Tensor, Tensor]:
+    encoder = sam.prompt_encoder
+    points = boxes = masks = None
+    if prompts.points is not None and prompts.point_labels is not None:
+        points = (prompts.points.to(device) - 0.5, prompts.point_labels.to(device))  # SAM adds the half pixel itself
+    elif prompts.boxes is not None:
+        boxes = prompts.boxes.to(device) - 0.5
+    else:
+        size = encoder.mask_input_size[0]
+        masks = prompts.mask_input(size, sam.image_encoder.img_size / size).to(device)
+    sparse, dense = encoder(points=points, boxes=boxes, masks=masks)
+    return sparse, dense
+
+
+def upscale(logits: Tensor, side: int, resized: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Low-resolution logits [N, m, m] as logits at the image's own size, [N, H, W].
+
+    side: the model's input size. resized: the image's (height, width) at that input size. size: its own (H, W).
+    """
+    full = F.interpolate(logits[:, None], (side, side), mode="bilinear", align_corners=False)
+    full = full[..., : resized[0], : resized[1]]
+    return F.interpolate(full, size, mode="bilinear", align_corners=False)[:, 0]
