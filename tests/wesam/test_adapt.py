@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from segment_anything.modeling import Sam
+
+from tests.conftest import first
+from wesam import losses as L
+from wesam.adapt import Report, adapt, draw, warmup
+from wesam.anchor import Anchor
+from wesam.config import Config, preset
+from wesam.data import Domain, load_domain
+from wesam.errors import InputError
+from wesam.methods import get_method
+from wesam.sam import load_sam
+from wesam.sam.promptable import decode, encode
+from wesam.views import flip
+
+SHORT = preset("nano").replace({"steps": 4, "eval_every": 2, "max_instances": 3, "optim.batch_size": 2})
+
+
+def run(sam: Sam, domain: Domain, config: Config, **more: object) -> list[Report]:
+    return list(adapt(sam, domain, config, **more))  # type: ignore[arg-type]
+
+
+def matrices(report: Report) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in report.model.trainable()]
+
+
+def test_reports_come_before_the_first_step_and_after_every_one(sam: Sam, camouflaged: Domain) -> None:
+    reports = run(sam, camouflaged, SHORT)
+    assert [r.step for r in reports] == [0, 1, 2, 3, 4]
+    assert [r.val is not None for r in reports] == [True, False, True, False, True]
+    assert set(reports[1].losses) == {"focal", "dice", "iou", "anchor", "contrastive", "total"}
+    parts = [v for k, v in reports[1].losses.items() if k != "total"]
+    assert sum(parts) == pytest.approx(reports[1].losses["total"], rel=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_seeded_runs_are_identical_bit_by_bit(sam: Sam, camouflaged: Domain, decay: float) -> None:
+    config = SHORT.replace({"teacher.decay": decay})
+    one, two = (run(sam, camouflaged, config) for _ in range(2))
+    assert [r.losses for r in one] == [r.losses for r in two]
+    assert [r.val for r in one] == [r.val for r in two]
+    assert all(torch.equal(a, b) for a, b in zip(matrices(one[-1]), matrices(two[-1]), strict=True))
+    other = run(sam, camouflaged, config.replace({"seed": 1}))
+    assert other[-1].losses != one[-1].losses
+
+
+def test_anchor_and_frozen_weights_never_change(sam: Sam, camouflaged: Domain) -> None:
+    before = {k: v.clone() for k, v in sam.state_dict().items()}
+    last = run(sam, camouflaged, SHORT.replace({"optim.lr": 0.01, "teacher.decay": 0.5}))[-1]
+    assert all(torch.equal(v, sam.state_dict()[k]) for k, v in before.items())
+    frozen = {k.replace(".base_layer", ""): v for k, v in last.model.sam.state_dict().items() if "lora_" not in k}
+    assert all(torch.equal(v, frozen[k]) for k, v in before.items())
+
+
+def test_teacher_equals_student_at_decay_0_and_lags_behind_at_099(sam: Sam, camouflaged: Domain) -> None:
+    shared = run(sam, camouflaged, SHORT)[-1].model
+    assert shared.teacher is shared.sam
+    for report in adapt(sam, camouflaged, SHORT.replace({"teacher.decay": 0.99, "optim.lr": 0.01})):
+        gap = [(t - s).norm() for t, s in zip(report.model.teacher_parameters(), report.model.trainable(), strict=True)]
+        assert (sum(gap) > 0) == (report.step > 0)
+
+
+def test_only_a_shared_teacher_carries_gradient(sam: Sam, camouflaged: Domain) -> None:
+    for decay, grows in ((0.0, True), (0.9, False)):
+        config = SHORT.replace({"teacher.decay": decay})
+        report = next(iter(adapt(sam, camouflaged, config)))
+        anchor = Anchor(sam, camouflaged.split("train"), "box")
+        method = get_method("wesam")
+        found = method.losses(report.model, draw(anchor, config, 0, method), config)
+        assert all(v.requires_grad for v in found.values())
+        assert any(p.requires_grad for p in report.model.teacher.parameters())
+        assert (report.model.teacher is report.model.sam) == grows
+
+
+def test_a_step_lowers_the_loss_on_a_fixed_batch(sam: Sam, camouflaged: Domain) -> None:
+    config = SHORT.replace(
+        {
+            "max_instances": 50,
+            "views.strength": 0.0,
+            "views.flip": False,
+            "optim.lr": 5e-3,
+            "steps": 12,
+            "eval_every": 12,
+        }
+    )
+    one = first(camouflaged, train=1)
+    supervised = config.replace({"method": "supervised", "optim.batch_size": 1})
+    found = [r.losses["total"] for r in run(sam, one, supervised)[1:]]
+    assert found[-1] < 0.9 * found[0]
+
+
+def test_prompts_are_the_same_in_every_epoch(sam: Sam, camouflaged: Domain) -> None:
+    anchor, method = Anchor(sam, camouflaged.split("train"), "point"), get_method("wesam")
+    config = SHORT.replace({"views.flip": False, "max_instances": 50, "prompt": "point"})
+    seen: dict[bytes, set[bytes]] = {}
+    for step in range(9):  # three epochs of six images
+        batch = draw(anchor, config, step, method)
+        for image, prompts in zip(batch.weak, batch.prompts, strict=True):
+            assert prompts.points is not None
+            clicks = sorted(p.numpy().tobytes() for p in prompts.points)
+            seen.setdefault(image.numpy().tobytes(), set()).add(b"".join(clicks))
+    assert len(seen) == 6
+    assert all(len(v) == 1 for v in seen.values())
+
+
+def test_views_share_one_geometry_with_prompts_and_answers(sam: Sam) -> None:
+    """The real masks, flipped as the view is, lie in the prompts' boxes and agree with the anchor about as before."""
+    domain = load_domain("clean")
+    anchor, method = Anchor(sam, domain.split("train"), "box"), get_method("supervised")
+    config = SHORT.replace({"max_instances": 50, "method": "supervised", "optim.batch_size": 4})
+    for step in range(2):
+        batch = draw(anchor, config, step, method)
+        assert batch.truth is not None
+        boxes = torch.cat([p.boxes for p in batch.prompts if p.boxes is not None])
+        inside = L.box_masks(boxes, 96, batch.stride)
+        assert ((batch.truth > 0) & ~inside).sum() == 0
+        assert L.tightness((batch.truth - 0.01).sign() * 50, inside).max() < 1e-4
+        agreement = 1 - L.dice((batch.truth - 0.5).sign() * 50, batch.anchor_masks)
+        assert agreement.mean() > 0.6
+
+
+def test_answers_equal_those_of_the_anchor_itself(sam: Sam, camouflaged: Domain) -> None:
+    anchor = Anchor(sam, camouflaged.split("train"), "box")
+    item, answer = anchor.prepared(0), anchor.answer(0, (True, False))
+    with torch.no_grad():
+        view = flip(item.image, True, False)
+        embedding = encode(sam, [view])
+        masks = decode(sam, embedding, [item.prompts.flipped(True, False, (view.shape[1], view.shape[2]))]).logits > 0
+    assert torch.equal(answer.masks, masks)
+    assert torch.allclose(answer.features, L.pooled(embedding, torch.zeros(len(masks)).long(), masks))
+    assert anchor.answer(0, (True, False)) is answer
+
+
+def test_resumed_runs_go_on_bit_by_bit(sam: Sam, camouflaged: Domain, tmp_path: Path) -> None:
+    config = SHORT.replace({"teacher.decay": 0.9})
+    whole = run(sam, camouflaged, config)
+    *_, report = islice(adapt(sam, camouflaged, config), 3)  # two steps
+    report.save(tmp_path)
+    rest = run(sam, camouflaged, config, resume=tmp_path)
+    assert [r.step for r in rest] == [3, 4]
+    assert [r.losses for r in rest] == [r.losses for r in whole[3:]]
+    assert all(torch.equal(a, b) for a, b in zip(matrices(rest[-1]), matrices(whole[-1]), strict=True))
+    with pytest.raises(InputError, match="another lora configuration"):
+        run(sam, camouflaged, config.replace({"lora.rank": 7}), resume=tmp_path)
+
+
+def test_known_scores_of_direct_are_not_computed_again(sam: Sam, camouflaged: Domain) -> None:
+    direct = run(sam, camouflaged, SHORT)[0].val
+    assert direct is not None
+    marked = type(direct)(direct.images, direct.instances, 0.123, 0.456)
+    assert run(sam, camouflaged, SHORT, direct=marked)[0].val is marked
+
+
+def test_warm_up_rises_over_at_most_a_quarter_of_the_run() -> None:
+    long = Config()
+    assert [warmup(s, long) for s in (0, 124, 250, 900)] == pytest.approx([1 / 251, 125 / 251, 1, 1])
+    short = Config(steps=8)
+    assert [warmup(s, short) for s in range(8)] == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1])
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "RANK": str(rank), "WORLD_SIZE": "2"}
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    reports = run(load_sam("nano"), first(load_domain("camouflaged"), train=6, val=3), SHORT)
+    torch.save(
+        {
+            "losses": [r.losses for r in reports],
+            "val": [r.val and r.val.miou for r in reports],
+            "weights": matrices(reports[-1]),
+        },
+        f"{folder}/{rank}.pt",
+    )
+    dist.destroy_process_group()
+
+
+def test_two_workers_do_what_one_does(tmp_path: Path) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    workers = [spawn.Process(target=_worker, args=(r, str(tmp_path))) for r in range(2)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join(180)
+        assert w.exitcode == 0
+    one, two = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
+    assert one["losses"] == two["losses"]
+    assert one["val"] == two["val"]
+    assert all(torch.equal(a, b) for a, b in zip(one["weights"], two["weights"], strict=True))
+    alone = run(load_sam("nano"), first(load_domain("camouflaged"), train=6, val=3), SHORT)
+    for a, b in zip(one["losses"], alone, strict=True):
+        assert a == pytest.approx(b.losses, rel=2e-3, abs=1e-5)
+    assert one["val"][-1] == pytest.approx(alone[-1].val.miou, abs=2e-3)  # type: ignore[union-attr]
+
+
+def test_more_workers_than_images_a_step_is_an_error(
+    sam: Sam, camouflaged: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    with pytest.raises(InputError, match="less than the 3 workers"):
+        next(iter(adapt(sam, camouflaged, SHORT)))

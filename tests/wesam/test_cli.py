@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from wesam.cli import main
+
+
+def test_listings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["models", "--json", str(tmp_path / "m.json")]) == 0
+    assert main(["domains"]) == 0
+    out = capsys.readouterr().out
+    assert "nano" in out
+    assert "camouflaged" in out
+    assert json.loads((tmp_path / "m.json").read_text())[0]["input"] == 192
+
+
+def test_adapt_evaluate_and_predict_in_a_row(coco_folder: Path, tmp_path: Path) -> None:
+    adapter, result = tmp_path / "adapter", tmp_path / "r.json"
+    few = ["--steps", "2", "--set", "eval_every=1", "--set", "optim.batch_size=2"]
+    assert main(["adapt", "--domain", str(coco_folder), "--out", str(adapter), "--json", str(result), *few]) == 0
+    row = json.loads(result.read_text())
+    assert row["domain"] == "shapes"
+    assert row["best"] >= row["direct"]
+    record = json.loads((adapter / "adaptation.json").read_text())
+    assert record["config"]["steps"] == 2
+    assert [c["step"] for c in record["curve"]] == [0, 1, 2]
+
+    common = ["evaluate", "--domain", str(coco_folder), "--prompt", "box", "--json", str(result)]
+    assert main([*common, "--split", "val", "--adapter", str(adapter)]) == 0
+    row = json.loads(result.read_text())
+    assert list(row) == ["domain", "model", "adapter", "prompt", "split", "images", "instances", "miou", "f1"]
+    assert row["miou"] == pytest.approx(json.loads((adapter / "adaptation.json").read_text())["best"])
+    assert (row["images"], row["instances"]) == (2, 4)
+
+    image, mask, picture = coco_folder / "images" / "test-0.png", tmp_path / "mask.png", tmp_path / "o.png"
+    for given in (["--box", "15,15,45,45"], ["--point", "30,30", "70,50,0"]):
+        predict = ["predict", "--image", str(image), "--adapter", str(adapter), "--out", str(mask)]
+        assert main([*predict, *given, "--overlay", str(picture)]) == 0
+        pixels = np.asarray(Image.open(mask))
+        assert pixels.shape == (60, 90)
+        assert set(np.unique(pixels)) <= {0, 255}
+        assert Image.open(picture).size == (90, 60)
+
+
+def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
+    command = ["evaluate", "--domain", str(coco_folder), "--json", str(tmp_path / "r.json")]
+    assert main([*command, "--baseline", "box"]) == 0
+    assert 0.85 < json.loads((tmp_path / "r.json").read_text())["miou"] < 0.95  # a disc and a square
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("evaluate --domain camouflage", "did you mean 'camouflaged'"),
+        ("evaluate --domain no/where", "no such folder: no/where"),
+        ("evaluate --domain clean --model nan", "did you mean 'nano'"),
+        ("evaluate --domain clean --adapter no/where", "no adapter in no/where"),
+        ("evaluate --domain clean --prompt boxes", "invalid choice"),
+        ("evaluate --domain clean --prompt box --splitt test", "unrecognized arguments"),
+        ("adapt --domain clean --out {tmp}/a --set lora.rnk=3", "did you mean 'lora.rank'"),
+        ("adapt --domain clean --out {tmp}/a --method wesm", "did you mean 'wesam'"),
+        ("adapt --domain clean --out {tmp}/a --steps 0", "steps must lie in"),
+        ("adapt --domain clean --prompt point --out {tmp}/a --steps 1 --set loss.tightness=1", "need boxes"),
+        ("adapt --domain clean --out {tmp}/file/a", "cannot write to"),
+        ("predict --image no.png --box 1,2,3,4 --out {tmp}/m.png", "cannot read the image no.png"),
+        ("predict --image {tmp}/i.png --box 1,2,3 --out {tmp}/m.png", "expected a box x0,y0,x1,y1, got '1,2,3'"),
+        ("predict --image {tmp}/i.png --box 5,5,5,9 --out {tmp}/m.png", "is empty"),
+        ("predict --image {tmp}/i.png --point 5,5,0 --out {tmp}/m.png", "at least one with 1"),
+        ("predict --image {tmp}/i.png --point 5,5 --out {tmp}/none/m.png", "cannot write"),
+        ("", "COMMAND"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    Image.new("RGB", (20, 20)).save(tmp_path / "i.png")
+    try:
+        code = main(arguments.format(tmp=tmp_path).split())
+    except SystemExit as e:
+        code = e.code  # type: ignore[assignment]
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from wesam.config import PromptKind
+from wesam.data import load_domain
+from wesam.evaluate import overlap
+from wesam.prompts import POINTS, VERTICES, Prompts, tight_boxes, weak_labels
+from wesam.views import flip
+
+KINDS: tuple[PromptKind, ...] = ("box", "point", "coarse")
+
+
+def tensors(p: Prompts) -> list[torch.Tensor]:
+    return [t for t in (p.boxes, p.points, p.point_labels, *(p.polygons or ())) if t is not None]
+
+
+def test_tight_boxes_by_hand() -> None:
+    masks = torch.zeros(2, 10, 12, dtype=torch.bool)
+    masks[0, 2:5, 3:9] = True
+    assert tight_boxes(masks).tolist() == [[3, 2, 9, 5], [0, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_are_the_same_in_every_process(kind: PromptKind) -> None:
+    code = (
+        "from wesam.data import load_domain; from wesam.prompts import weak_labels\n"
+        f"s = load_domain('clean').split('train')[3]; p = weak_labels(s.masks, {kind!r}, s.key)\n"
+        "print([t.tolist() for t in (p.boxes, p.points, p.point_labels, *(p.polygons or ())) if t is not None])"
+    )
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    sample = load_domain("clean").split("train")[3]
+    here = [str([t.tolist() for t in tensors(weak_labels(sample.masks, kind, sample.key))]) for _ in range(2)]
+    assert here == [there, there]
+
+
+def test_clicks_lie_inside_and_outside() -> None:
+    for i in range(5):
+        sample = load_domain("cluttered").split("val")[i]
+        prompts = weak_labels(sample.masks, "point", sample.key)
+        assert prompts.points is not None
+        assert prompts.points.shape == (len(sample.masks), 2 * POINTS, 2)
+        for mask, points in zip(sample.masks, prompts.points.floor().long(), strict=True):
+            hit = mask[points[:, 1], points[:, 0]]
+            assert hit.tolist() == [True] * POINTS + [False] * POINTS
+
+
+def test_coarse_masks_have_few_corners_and_cover_the_object_roughly() -> None:
+    overlaps = []
+    for i in range(8):
+        sample = load_domain("clean").split("val")[i]
+        big = sample.masks[sample.masks.flatten(1).sum(1) > 400]
+        if not len(big):
+            continue
+        prompts = weak_labels(big, "coarse", sample.key)
+        assert prompts.polygons is not None
+        assert all(3 <= len(p) <= VERTICES for p in prompts.polygons)
+        drawn = prompts.mask_input(192, 1.0)[:, 0] > 0
+        overlaps.append(overlap(drawn, big)[0].mean().item())
+    assert 0.6 < sum(overlaps) / len(overlaps) < 0.97
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("flips", [(True, False), (False, True), (True, True)])
+def test_flipped_labels_are_labels_of_the_flipped_image(kind: PromptKind, flips: tuple[bool, bool]) -> None:
+    sample = load_domain("clean").split("val")[0]
+    size = (sample.masks.shape[1], sample.masks.shape[2])
+    prompts = weak_labels(sample.masks, kind, sample.key)
+    there = prompts.flipped(*flips, size)
+    if kind == "box":
+        assert there.boxes is not None
+        assert torch.equal(there.boxes, tight_boxes(flip(sample.masks, *flips)))
+    elif kind == "point":
+        assert there.points is not None
+        for mask, points in zip(flip(sample.masks, *flips), there.points.floor().long(), strict=True):
+            assert mask[points[:, 1], points[:, 0]].tolist() == [True] * POINTS + [False] * POINTS
+    else:
+        mirrored = flip(prompts.mask_input(192, 1.0), *flips) > 0
+        agreement = overlap(there.mask_input(192, 1.0)[:, 0] > 0, mirrored[:, 0])[0]
+        assert agreement.min() > 0.7  # borders move by a pixel, which is much for the smallest
+    back = there.flipped(*flips, size)
+    for a, b in zip(tensors(prompts), tensors(back), strict=True):
+        assert torch.allclose(a.float(), b.float(), atol=1e-4)
+
+
+def test_prompts_of_two_kinds_are_refused() -> None:
+    with pytest.raises(ValueError, match="exactly one kind"):
+        Prompts(boxes=torch.zeros(1, 4), points=torch.zeros(1, 2, 2), point_labels=torch.zeros(1, 2))
+
+
+def test_specks_and_full_images_have_labels_of_every_kind() -> None:
+    masks = torch.zeros(2, 9, 9, dtype=torch.bool)
+    masks[0, 4, 4] = True
+    masks[1] = True
+    for kind in KINDS:
+        assert len(weak_labels(masks, kind, "x")) == 2

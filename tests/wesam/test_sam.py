@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from segment_anything import SamPredictor
+from segment_anything.modeling import Sam
+
+from wesam.config import PromptKind
+from wesam.data import load_domain
+from wesam.errors import InputError
+from wesam.evaluate import overlap, predict
+from wesam.prompts import weak_labels
+from wesam.sam import load_sam
+from wesam.sam.promptable import decode, encode, resize, upscale
+
+
+@pytest.mark.parametrize("kind", ["box", "point", "coarse"])
+def test_masks_of_a_batch_equal_segment_anythings_own(sam: Sam, kind: PromptKind) -> None:
+    """Several images with different numbers of prompts, decoded at once, against Sam.forward, image by image."""
+    samples = [load_domain("clean").split("val")[i] for i in range(3)]
+    prompts = [weak_labels(s.masks, kind, s.key) for s in samples]
+    with torch.no_grad():
+        ours = decode(sam, encode(sam, [s.image for s in samples]), prompts)
+        theirs = []
+        for s, p in zip(samples, prompts, strict=True):
+            entry: dict[str, object] = {"image": s.image.float(), "original_size": s.image.shape[1:]}
+            if p.boxes is not None:
+                entry["boxes"] = p.boxes - 0.5
+            if p.points is not None:
+                entry |= {"point_coords": p.points - 0.5, "point_labels": p.point_labels}
+            if p.polygons is not None:
+                entry["mask_inputs"] = p.mask_input(96, 2.0)
+            theirs.append(sam([entry], multimask_output=False)[0])
+    assert torch.allclose(ours.logits, torch.cat([t["low_res_logits"][:, 0] for t in theirs]), atol=1e-4)
+    assert torch.allclose(ours.iou, torch.cat([t["iou_predictions"][:, 0] for t in theirs]), atol=1e-5)
+
+
+def test_predict_equals_sam_predictor_on_an_image_that_is_not_square(sam: Sam) -> None:
+    """Padding, scaling of prompts and the way back to the image's own size, for the same resized pixels."""
+    sample = load_domain("clean").split("val")[1]
+    image, masks = sample.image[:, :120, :150], sample.masks[:, :120, :150]
+    masks = masks[masks.flatten(1).any(1)]
+    prompts = weak_labels(masks, "box", "x")
+    predictor = SamPredictor(sam)
+    predictor.set_torch_image(resize(image, 192)[None].float(), (120, 150))
+    boxes = prompts.scaled(192 / 150).boxes
+    assert boxes is not None
+    theirs, _, _ = predictor.predict_torch(None, None, boxes - 0.5, multimask_output=False)
+    ours, _ = predict(sam, image, prompts)
+    assert ours.shape == masks.shape
+    assert (ours != theirs[:, 0]).float().mean() < 1e-4
+
+
+def test_masks_survive_the_way_to_the_models_frame_and_back() -> None:
+    yy, xx = torch.meshgrid(torch.arange(300), torch.arange(400), indexing="ij")
+    mask = (((xx - 180) / 90.0) ** 2 + ((yy - 140) / 60.0) ** 2 < 1)[None]
+    resized = (144, 192)
+    small = torch.nn.functional.interpolate(mask[None].float(), resized, mode="area")[0]
+    padded = torch.nn.functional.pad(small, (0, 0, 0, 48))
+    low = torch.nn.functional.avg_pool2d(padded, 2)
+    back = upscale(low * 2 - 1, 192, resized, (300, 400)) > 0
+    assert overlap(back, mask)[0].item() > 0.98
+
+
+def test_resize_puts_the_longer_side_at_the_models_size() -> None:
+    image = torch.randint(0, 255, (3, 100, 50), dtype=torch.uint8)
+    assert resize(image, 192).shape == (3, 192, 96)
+    assert resize(image, 100) is image
+
+
+def test_embedded_weights_are_small_and_frozen(sam: Sam) -> None:
+    file = Path(__file__).parents[2] / "wesam" / "weights" / "nano.safetensors"
+    assert file.stat().st_size <= 4_000_000
+    assert not any(p.requires_grad for p in sam.parameters())
+
+
+def test_unusable_weights_are_refused_with_their_path(tmp_path: Path) -> None:
+    (broken := tmp_path / "broken.safetensors").write_bytes(b"no weights")
+    with pytest.raises(InputError, match=r"broken\.safetensors"):
+        load_sam("nano", broken)
+    save_file({"a": torch.zeros(1)}, other := tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="names or shapes differ"):
+        load_sam("nano", other)
+    with pytest.raises(InputError, match="did you mean 'nano'"):
+        load_sam("nanno")
