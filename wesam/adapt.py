@@ -7,7 +7,7 @@ gradients are summed once a step; the result does not depend on the number of wo
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,36 @@ def adapt(
         found = scores() if last or (step + 1) % config.eval_every == 0 else None
         named = dict(zip([*losses, "total"], values.tolist(), strict=True))
         yield Report(step + 1, config.steps, named, seconds, found, model, optimizer)
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best checkpoint of an adaptation, by mIoU on val; step 0 is the unadapted model."""
+
+    step: int
+    val: Scores
+    direct: Scores
+    """Of the unadapted model, on val."""
+
+
+def keep_best(
+    reports: Iterable[Report], directory: Path, *, watch: Callable[[Report, bool], None] | None = None
+) -> Best:
+    """Drives an adaptation to its end and leaves its best adapter in the folder.
+
+    watch: called with every report and whether it was the best so far. Whatever ends the run early, an interrupt too,
+    leaves the best adapter until then.
+    """
+    best: Best | None = None
+    for report in reports:
+        better = report.val is not None and (best is None or report.val.miou > best.val.miou)
+        if report.val is not None and better:
+            report.model.save(directory)
+            best = Best(report.step, report.val, best.direct if best else report.val)
+        if watch:
+            watch(report, better)
+    assert best is not None
+    return best
 
 
 def warmup(step: int, config: Config) -> float:

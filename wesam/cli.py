@@ -15,9 +15,10 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from segment_anything.modeling import Sam
 
-from wesam.adapt import adapt
+from wesam.adapt import Report, adapt, keep_best
 from wesam.adapters import AdaptedSam
-from wesam.config import PRESETS, PromptKind, preset
+from wesam.compare import compare
+from wesam.config import PRESETS, PromptKind, method_preset, preset
 from wesam.console import Parser, guarded, table, write_json
 from wesam.data import SPLITS, domain_names, load_domain
 from wesam.errors import InputError
@@ -84,6 +85,14 @@ def _parser() -> Parser:
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the adapter")
     result(p)
 
+    p = command("compare", _compare, "Adapt with several methods and seeds; score each one's best checkpoint on test.")
+    data(p)
+    model(p)
+    p.add_argument("--methods", nargs="+", default=["wesam", "supervised"], metavar="METHOD")
+    p.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default: 3)")
+    p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a hyperparameter of every method")
+    result(p)
+
     p = command("predict", _predict, "Segment one object of an image.")
     model(p)
     p.add_argument("--image", type=Path, required=True)
@@ -142,31 +151,44 @@ def _adapt(args: argparse.Namespace) -> None:
     changes = {"method": args.method, "prompt": args.prompt, "seed": args.seed}
     if args.steps is not None:
         changes["steps"] = args.steps
-    config = preset(args.preset or (args.model if args.model in PRESETS else "paper")).replace(changes).parse(args.set)
+    start = preset(args.preset) if args.preset else method_preset(args.model, args.method)
+    config = start.replace(changes).parse(args.set)
     _writable(args.out)
-    best, best_step, direct, curve = -1.0, 0, 0.0, []
+    curve: list[dict[str, float]] = []
     began = time.monotonic()
-    for report in adapt(sam, domain, config):
+
+    def watch(report: Report, better: bool) -> None:
         done = f"step {report.step}/{report.steps}"
         if report.val is None:
             _line(f"{done}  loss {report.losses['total']:.3f}  {report.seconds:.2f} s/step")
-            continue
+            return
         curve.append({"step": report.step, "miou": report.val.miou, "f1": report.val.f1, **report.losses})
-        direct = report.val.miou if report.step == 0 else direct
-        kept = ""
-        if report.val.miou > best:
-            best, best_step, kept = report.val.miou, report.step, "  kept"
-            report.model.save(args.out)
         _line("")
+        kept = "  kept" if better else ""
         print(f"{done}  val mIoU {report.val.miou:.3f}  {time.monotonic() - began:.0f} s{kept}", flush=True)
+
+    best = keep_best(adapt(sam, domain, config), args.out, watch=watch)
     row = {
         "domain": domain.name, "model": args.model, "method": args.method, "prompt": args.prompt,
-        "direct": direct, "best": best, "step": best_step, "adapter": str(args.out),
+        "direct": best.direct.miou, "best": best.val.miou, "step": best.step, "adapter": str(args.out),
     }  # fmt: skip
     print(table([row]))
-    if best_step == 0:
+    if best.step == 0:
         print("no step was better on val than the unadapted model: the adapter changes nothing")
     write_json(args.out / "adaptation.json", {**row, "config": config.flat(), "data": domain.digest, "curve": curve})
+    write_json(args.json, row)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    sam, domain = load_sam(args.model), load_domain(args.domain)
+    if args.seeds < 1:
+        raise InputError(f"--seeds must be at least 1, got {args.seeds}")
+    configs = {m: method_preset(args.model, m).replace({"prompt": args.prompt}).parse(args.set) for m in args.methods}
+    row = {
+        "domain": domain.name, "model": args.model, "prompt": args.prompt,
+        **compare(sam, domain, configs, range(args.seeds), watch=lambda text: print(text, flush=True)),
+    }  # fmt: skip
+    print(table([{k: v for k, v in row.items() if not isinstance(v, list)}]))
     write_json(args.json, row)
 
 

@@ -186,7 +186,11 @@ def _parse(path: str, text: str, kind: type) -> Value:
 PRESETS: dict[str, dict[str, Value]] = {
     "paper": {},
     "nano": {"optim.lr": 1e-3, "optim.warmup_steps": 10, "steps": 100, "eval_every": 20, "max_instances": 8},
-}
+    "nano-supervised": {
+        "method": "supervised", "optim.lr": 3e-3, "optim.warmup_steps": 10, "steps": 100, "eval_every": 20,
+        "max_instances": 8,
+    },
+}  # fmt: skip
 """What differs from the published values, by preset. A model without a preset of its own uses the published ones."""
 
 
@@ -195,3 +199,9 @@ def preset(name: str) -> Config:
     if name not in PRESETS:
         raise unknown("preset", name, PRESETS)
     return Config().replace(PRESETS[name])
+
+
+def method_preset(model: str, method: str) -> Config:
+    """The defaults of a method on a model: the preset MODEL-METHOD, else MODEL, else the published values."""
+    names = [n for n in (f"{model}-{method}", model, "paper") if n in PRESETS]
+    return preset(names[0]).replace({"method": method})

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from segment_anything.modeling import Sam
@@ -37,7 +39,7 @@ def test_many_prompts_are_decoded_in_parts_with_the_same_result(sam: Sam, monkey
     sample = load_domain("cluttered").split("val")[0]
     prompts = weak_labels(sample.masks, "box", sample.key)
     whole, iou = predict(sam, sample.image, prompts)
-    monkeypatch.setattr("wesam.evaluate.CHUNK", 3)
+    monkeypatch.setattr(sys.modules["wesam.evaluate"], "CHUNK", 3)
     parts, part_iou = predict(sam, sample.image, prompts)
     assert (whole != parts).float().mean() < 1e-4
     assert torch.allclose(iou, part_iou, atol=1e-5)
