@@ -2,14 +2,12 @@
 
 >>> import wesam
 >>> sam, domain = wesam.load_sam("nano"), wesam.load_domain("camouflaged")
->>> for report in wesam.adapt(sam, domain, wesam.preset("nano")):
-...     if report.val:
-...         print(report.step, report.val.miou)
->>> report.model.save(Path("adapter"))
->>> masks, iou = wesam.predict(report.model, image, wesam.Prompts(boxes=boxes))
+>>> wesam.keep_best(wesam.adapt(sam, domain, wesam.preset("nano")), Path("adapter"))
+>>> model = wesam.AdaptedSam.load(sam, Path("adapter"))
+>>> masks, iou = wesam.predict(model, image, wesam.Prompts(boxes=boxes))
 """
 
-from wesam.adapt import Report, adapt
+from wesam.adapt import Best, Report, adapt, keep_best
 from wesam.adapters import AdaptedSam
 from wesam.config import Config, preset
 from wesam.data import Domain, load_domain
@@ -22,6 +20,7 @@ from wesam.sam import load_sam
 __version__ = "0.1.0"
 __all__ = [
     "AdaptedSam",
+    "Best",
     "Config",
     "Domain",
     "InputError",
@@ -31,6 +30,7 @@ __all__ = [
     "adapt",
     "baseline",
     "evaluate",
+    "keep_best",
     "load_domain",
     "load_sam",
     "overlay",

@@ -7,9 +7,9 @@ share of the steps, so that a run may be lengthened by starting it again with mo
 
 from __future__ import annotations
 
-import argparse
 import csv
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wesam.config import PromptKind
+from wesam.console import Parser, guarded
 from wesam.data.procedural import procedural
 from wesam.data.scenes import scene
 from wesam.evaluate import baseline, evaluate
@@ -160,9 +161,9 @@ def rate(step: int, steps: int, cooldown: float) -> float:
     return min(1.0, (step + 1) / 200, max(0.0, (steps - step) / (cooldown * steps)))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Trains, from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m wesam.pretrain", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="python -m wesam.pretrain", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, curve and weights")
     parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--batch", type=int, default=8, help="images a step")
@@ -172,7 +173,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=500, help="steps between evaluations and checkpoints")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     cv2.setNumThreads(1)
     torch.manual_seed(args.seed)
@@ -211,7 +212,9 @@ def main() -> None:
         average.update_parameters(net)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise SystemExit(f"loss is {losses[-1]} at step {step}: lower --lr and start again from {checkpoint}")
+            raise FloatingPointError(
+                f"loss is {losses[-1]} at step {step}: lower --lr and start again from {checkpoint}"
+            )
         done = step + 1
         if done % 100 == 0:
             pace = (time.monotonic() - began) / (done - start)
@@ -240,4 +243,4 @@ def _append(path: Path, row: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))
