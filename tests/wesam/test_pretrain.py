@@ -9,14 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 from wesam import pretrain
-from wesam.data import load_domain, procedural
+from wesam.data import load_domain
+from wesam.data.procedural import SIZES
 from wesam.sam import load_sam
 
 SMALL = ["--steps", "2", "--every", "1", "--batch", "1", "--prompts", "2", "--device", "cpu"]
 
 
 def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(procedural.SIZES, "val", 2)
+    monkeypatch.setitem(SIZES, "val", 2)
     pretrain.main([*SMALL, "--out", str(tmp_path / "whole")])
     step = pretrain.train_step
 
