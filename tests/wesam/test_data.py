@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from wesam.data import SPLITS, domain_names, load_domain
-from wesam.data.scenes import SMALLEST, STYLES, scene
+from wesam.data.scenes import STYLES, scene
 from wesam.errors import InputError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -25,7 +25,7 @@ def test_every_procedural_domain_has_disjoint_splits_of_real_instances() -> None
             for sample in domain.split(split)[:4]:
                 assert sample.image.shape == (3, 192, 192)
                 assert sample.masks.dtype == torch.bool
-                assert sample.masks.flatten(1).sum(1).min() >= SMALLEST
+                assert sample.masks.flatten(1).sum(1).min() >= STYLES[name].smallest
                 seen.add(sample.image.numpy().tobytes())
         assert len(seen) == 12
 

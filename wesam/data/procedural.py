@@ -16,7 +16,7 @@ SIZES = {"train": 64, "val": 24, "test": 64}
 """Images a split."""
 
 NOTES = {
-    "clean": "unseen scenes of the kind that the embedded model was trained on",
+    "clean": "unseen scenes like those that the embedded model was trained on",
     "corrupted": "strong sensor noise, blur, faded contrast",
     "medical": "grey, low contrast, speckle, soft borders",
     "camouflaged": "objects in the colours of what lies under them",

@@ -6,7 +6,7 @@ family of textures. What tells an object from what lies under it varies: colour,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import cv2
@@ -15,9 +15,6 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Rng = np.random.Generator
-
-SMALLEST = 40
-"""Instances with fewer visible pixels than this are no instances."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,25 +51,31 @@ class Style:
     """Shape families objects are drawn from."""
     speckle: float = 0.0
     """Strength of multiplicative speckle, as in ultrasound."""
+    smallest: int = 40
+    """Instances with fewer visible pixels than this are none."""
     strokes: int = 0
     """Unlabelled thin strokes drawn over everything."""
 
 
+TRAINING = Style()
+"""The scenes that the embedded model is trained on."""
+
+_MEDIUM = Style(smallest=160)  # 0.4 % of the image, about where COCO's medium instances begin
 STYLES: dict[str, Style] = {
-    "clean": Style(),
-    "corrupted": Style(noise=(0.16, 0.26), blur=(1.2, 2.0), contrast=(0.4, 0.7)),
-    "medical": Style(
+    "clean": _MEDIUM,
+    "corrupted": replace(_MEDIUM, noise=(0.16, 0.26), blur=(1.2, 2.0), contrast=(0.4, 0.7)),
+    "medical": replace(_MEDIUM, 
         grey=1.0, contrast=(0.18, 0.35), soft=(1.5, 3.0), noise=(0.01, 0.03), speckle=0.35, hidden=0.6, crowd=0.6,
         hidden_gap=(0.15, 0.3), families=("ellipse", "blob", "cloud", "ring"),
     ),
-    "camouflaged": Style(
+    "camouflaged": replace(_MEDIUM, 
         hidden=1.0, hidden_gap=(0.03, 0.10), crowd=0.6, families=("blob", "creature", "cloud", "polygon")
     ),
-    "cluttered": Style(crowd=2.2, strokes=40),
+    "cluttered": replace(_MEDIUM, crowd=2.2, strokes=40),
 }  # fmt: skip
 
 
-def scene(rng: Rng, height: int = 192, width: int = 192, style: Style = STYLES["clean"]) -> tuple[Array, Array]:
+def scene(rng: Rng, height: int = 192, width: int = 192, style: Style = TRAINING) -> tuple[Array, Array]:
     """One scene: its image, uint8 [H, W, 3] RGB, and its instances' visible masks, bool [N, H, W], N >= 1."""
     while True:
         canvas = _paint(rng, _texture(rng, height, width), _palette(rng))
@@ -82,14 +85,14 @@ def scene(rng: Rng, height: int = 192, width: int = 192, style: Style = STYLES["
         for outline in _layout(rng, height, width, style):
             alpha = outline.astype(np.float32) / 255
             solid = outline > 127
-            if solid.sum() < SMALLEST:
+            if solid.sum() < style.smallest:
                 continue
             canvas = _place(rng, canvas, alpha, light, style)
             for m in masks:
                 m &= ~solid
             masks.append(solid)
             areas.append(int(solid.sum()))
-        kept = [m for m, a in zip(masks, areas, strict=True) if (s := m.sum()) >= SMALLEST and s >= 0.3 * a]
+        kept = [m for m, a in zip(masks, areas, strict=True) if (s := m.sum()) >= style.smallest and s >= 0.3 * a]
         if kept:
             return _expose(rng, canvas, style), np.stack(kept)
 
