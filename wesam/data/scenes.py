@@ -16,6 +16,12 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Rng = np.random.Generator
 
+TEXTURES = {
+    "flat": 0.14, "gradient": 0.14, "fractal": 0.24, "stripes": 0.1, "weave": 0.07, "cells": 0.08, "spots": 0.08,
+    "maze": 0.08, "grain": 0.07,
+}  # fmt: skip
+"""Kinds of textures and how often each is drawn."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
@@ -49,6 +55,12 @@ class Style:
         "glyph",
     )
     """Shape families objects are drawn from."""
+    ground: tuple[str, ...] = tuple(TEXTURES)
+    """Textures of the background."""
+    skin: tuple[str, ...] = tuple(TEXTURES)
+    """Textures of the objects."""
+    cues: float = 1.0
+    """Factor on the shares of objects with shading, an outline and a shadow."""
     speckle: float = 0.0
     """Strength of multiplicative speckle, as in ultrasound."""
     smallest: int = 40
@@ -63,22 +75,25 @@ TRAINING = Style()
 _MEDIUM = Style(smallest=160)  # 0.4 % of the image, about where COCO's medium instances begin
 STYLES: dict[str, Style] = {
     "clean": _MEDIUM,
-    "corrupted": replace(_MEDIUM, noise=(0.16, 0.26), blur=(1.2, 2.0), contrast=(0.4, 0.7)),
-    "medical": replace(_MEDIUM, 
-        grey=1.0, contrast=(0.18, 0.35), soft=(1.5, 3.0), noise=(0.01, 0.03), speckle=0.35, hidden=0.6, crowd=0.6,
+    "corrupted": replace(_MEDIUM, noise=(0.24, 0.36), blur=(1.2, 2.0), contrast=(0.5, 0.8)),
+    "medical": replace(
+        _MEDIUM,
+        grey=1.0, contrast=(0.08, 0.18), soft=(1.5, 3.0), noise=(0.005, 0.015), speckle=0.12, hidden=0.4, crowd=0.6,
         hidden_gap=(0.15, 0.3), families=("ellipse", "blob", "cloud", "ring"),
     ),
-    "camouflaged": replace(_MEDIUM, 
-        hidden=1.0, hidden_gap=(0.03, 0.10), crowd=0.6, families=("blob", "creature", "cloud", "polygon")
+    "camouflaged": replace(
+        _MEDIUM,
+        hidden=1.0, hidden_gap=(0.0, 0.03), cues=0.3, crowd=0.6, ground=("flat", "gradient", "fractal"),
+        skin=("grain", "maze"), families=("blob", "creature", "cloud", "polygon"),
     ),
-    "cluttered": replace(_MEDIUM, crowd=2.2, strokes=40),
+    "cluttered": replace(_MEDIUM, crowd=1.5, strokes=60),
 }  # fmt: skip
 
 
 def scene(rng: Rng, height: int = 192, width: int = 192, style: Style = TRAINING) -> tuple[Array, Array]:
     """One scene: its image, uint8 [H, W, 3] RGB, and its instances' visible masks, bool [N, H, W], N >= 1."""
     while True:
-        canvas = _paint(rng, _texture(rng, height, width), _palette(rng))
+        canvas = _paint(rng, _texture(rng, height, width, style.ground), _palette(rng))
         masks: list[Array] = []
         areas: list[int] = []
         light = rng.uniform(0, 2 * np.pi)
@@ -206,12 +221,10 @@ def _unit(x: Array) -> Array:
     return (x - low) / (high - low + 1e-6)
 
 
-def _texture(rng: Rng, h: int, w: int) -> Array:
-    """A pattern in 0..1, float32 [h, w]."""
-    kind = rng.choice(
-        ["flat", "gradient", "fractal", "stripes", "weave", "cells", "spots", "maze", "grain"],
-        p=[0.14, 0.14, 0.24, 0.1, 0.07, 0.08, 0.08, 0.08, 0.07],
-    )
+def _texture(rng: Rng, h: int, w: int, kinds: tuple[str, ...]) -> Array:
+    """A pattern of one of these kinds in 0..1, float32 [h, w]."""
+    shares = np.array([TEXTURES[k] for k in kinds])
+    kind = rng.choice(kinds, p=shares / shares.sum())
     if kind == "flat":
         return np.full((h, w), 0.5, np.float32)
     yy, xx = np.mgrid[:h, :w].astype(np.float32)
@@ -279,17 +292,17 @@ def _place(rng: Rng, canvas: Array, alpha: Array, light: float, style: Style) ->
         palette = np.stack([mean + step - spread, mean + step + spread]).astype(np.float32)
     else:
         palette = _palette(rng)
-    body = _paint(rng, _texture(rng, h, w), palette)
+    body = _paint(rng, _texture(rng, h, w, style.skin), palette)
 
-    if rng.random() < 0.55:  # shaded as if it were round
+    if rng.random() < 0.55 * style.cues:  # shaded as if it were round
         size = max(1.0, float(np.sqrt((a > 0.5).sum())) * rng.uniform(0.05, 0.25))
         hill = cv2.GaussianBlur(a, (0, 0), size) * size
         slope = cv2.Sobel(hill, cv2.CV_32F, 1, 0) * np.cos(light) + cv2.Sobel(hill, cv2.CV_32F, 0, 1) * np.sin(light)
         body = body * (1 + rng.uniform(0.05, 0.3) * np.clip(slope, -2, 2))[..., None]
-    if rng.random() < 0.18:  # an outline of its own
+    if rng.random() < 0.18 * style.cues:  # an outline of its own
         rim = np.clip(a - cv2.erode(a, np.ones((3, 3), np.uint8)), 0, 1)[..., None]
         body = body * (1 - rim) + rim * body * rng.uniform(0.2, 1.7)
-    if rng.random() < 0.3:  # a shadow on what lies under it
+    if rng.random() < 0.3 * style.cues:  # a shadow on what lies under it
         shift = rng.uniform(1, 6)
         move = np.array([[1, 0, -shift * np.cos(light)], [0, 1, -shift * np.sin(light)]], np.float32)
         shadow = cv2.GaussianBlur(cv2.warpAffine(a, move, (w, h)), (0, 0), rng.uniform(0.6, 3))
