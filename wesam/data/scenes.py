@@ -281,11 +281,11 @@ def _place(rng: Rng, canvas: Array, alpha: Array, light: float, style: Style) ->
     under, a = canvas[y0:y1, x0:x1], alpha[y0:y1, x0:x1]
     h, w = a.shape
 
+    beneath = under[a > 0.5]
     soft = rng.uniform(*style.soft)
     if soft > 0.3:
         a = cv2.GaussianBlur(a, (0, 0), soft)
     if rng.random() < style.hidden:
-        beneath = under[a > 0.5]
         mean, spread = beneath.mean(0), beneath.std(0) + 0.02
         step = rng.normal(0, 1, 3)
         step *= rng.uniform(*style.hidden_gap) / (np.abs(step).max() + 1e-6)

@@ -1,0 +1,132 @@
+"""What a study is told: the space, the study's file, the command line's assignments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tuning.plan import DEMO, Plan, make_plan, read_study
+from tuning.space import DEFAULT
+from wesam.config import Config, preset
+from wesam.errors import InputError
+
+
+def plan(assignments: list[str] | None = None, **settings: Any) -> Plan:
+    return make_plan({"domains": ["camouflaged"], **settings}, assignments or [])
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_every_axis_is_a_hyperparameter_and_holds_the_papers_value() -> None:
+    flat = Config().flat()
+    for path, axis in DEFAULT.items():
+        assert axis.holds(flat[path]), path
+
+
+def test_a_plan_is_the_same_after_its_json() -> None:
+    first = plan(space={"lora.rank": {"choices": [2, 4]}, "views.strength": 0.5}, seed=3)
+    assert Plan.from_json(first.to_json()) == first
+
+
+def test_the_demo_can_be_made() -> None:
+    made = make_plan(DEMO, [])
+    assert made.trials == 8
+    assert len(made.domains) == 3
+
+
+def test_box_aids_are_searched_only_with_boxes() -> None:
+    assert "loss.tightness" in plan().space
+    assert "loss.tightness" not in plan(prompt="point").space
+    with pytest.raises(InputError, match="use --prompt box"):
+        plan(["loss.tightness=1"], prompt="point")
+
+
+def test_what_is_given_a_value_is_not_searched() -> None:
+    made = plan(["lora.rank=8"], set={"views.strength": 0.5}, space={"optim.lr": 1e-3})
+    assert not {"lora.rank", "views.strength", "optim.lr"} & set(made.space)
+    flat = made.config(None, {}).flat()
+    assert (flat["lora.rank"], flat["views.strength"], flat["optim.lr"]) == (8, 0.5, 1e-3)
+
+
+def test_the_papers_trial_takes_only_the_budget_from_the_study() -> None:
+    made = plan(["lora.rank=8", "optim.batch_size=2"], steps=7, seed=5)
+    paper = made.config("paper", {})
+    budget = {"steps": 7, "eval_every": 1, "seed": 5, "optim.batch_size": 2, "max_instances": 8}
+    assert paper == preset("paper").replace(budget)
+    assert made.config("defaults", {}) == made.base
+
+
+def test_a_reference_outside_of_the_space_has_no_point_in_it() -> None:
+    assert plan().point("paper") is not None
+    assert plan(space={"lora.rank": {"type": "int", "low": 8, "high": 16}}).point("paper") is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"domains": ["camoflaged"]}, "did you mean 'camouflaged'"),
+        ({"domains": ["no/such"]}, "no such folder"),
+        ({"domains": []}, "no domain given"),
+        ({"domains": ["clean", "clean"]}, "given twice"),
+        ({"model": "nan"}, "did you mean 'nano'"),
+        ({"prompt": "boxes"}, "did you mean 'box'"),
+        ({"name": "a/b"}, "--name"),
+        ({"trials": 0}, "trials must be at least 1"),
+        ({"workers": 9}, "raise optim.batch_size"),
+        ({"steps": 0}, "steps must lie in"),
+        ({"set": {"lora.rnk": 1}}, "did you mean 'lora.rank'"),
+        ({"set": {1: 1}}, "unknown hyperparameter '1'"),
+        ({"set": {"method": "wsam"}}, "did you mean 'wesam'"),
+        ({"space": {"lora.rnk": 1}}, "did you mean 'lora.rank'"),
+        ({"space": {"steps": 10}}, "same for all trials"),
+        ({"space": {"lora.rank": {"lo": 1}}}, "did you mean 'low'"),
+        ({"space": {"lora.rank": {"low": 0}}}, r"lora.rank: rank must lie in \[1, 256\]"),
+        ({"space": {"lora.rank": {"low": 40}}}, "low 40 is above high 32"),
+        ({"space": {"lora.rank": {"low": 1.5}}}, "whole number"),
+        ({"space": {"optim.lr": {"low": 0}}}, "with log, low must be above 0"),
+        ({"space": {"optim.lr": {"type": "real"}}}, "type must be"),
+        ({"space": {"lora.targets": {"choices": ["qvk"]}}}, "did you mean 'qkv'"),
+        ({"space": {"lora.targets": {"choices": []}}}, "needs choices"),
+        ({"space": {"views.strength": None}}, "strength must be a number"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as e:
+        plan(**settings)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trials: [", r"study.yaml:1"),
+        ("- a\n- b", "expected keys"),
+        ("trails: 3", "did you mean 'trials'"),
+        ("trials: three", "trials must be a whole number"),
+        ("domains: clean", "domains must be a list"),
+        ("\x00", "study.yaml"),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_study(path)
+
+
+def test_a_study_can_be_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(
+        "name: mine\ndomains: [clean, medical]\ntrials: 4\nset: {loss.iou: 0.5}\n"
+        "space:\n  optim.lr: {low: 1e-3, high: 1e-2}\n  optim.weight_decay: {type: float, low: 0.0, high: 0.1}\n"
+    )
+    made = make_plan(read_study(path), [])
+    assert made.domains == ("clean", "medical")
+    assert (made.space["optim.lr"].low, made.space["optim.lr"].log) == (1e-3, True)
+    assert "optim.weight_decay" in made.space
+    assert "loss.iou" not in made.space

@@ -1,0 +1,91 @@
+"""Whole studies on a real local Ray, with real MLflow and Optuna, on a very small domain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+
+from tuning import registry, report, tracking
+from tuning.cli import summary
+from tuning.plan import Plan, make_plan
+from tuning.study import new_study, resume_study
+from tuning.tracking import Tracker
+from wesam import AdaptedSam, evaluate, load_domain, load_sam
+from wesam.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+
+def make(small: Path, tmp_path: Path, **settings: Any) -> Plan:
+    given = {"name": "s", "domains": [str(small)], "trials": 4, "steps": 6, "storage": str(tmp_path / "runs")}
+    # supervised: with so few steps on so few images, only real masks are sure to beat Direct on val
+    return make_plan({**given, **settings}, ["eval_every=2", "optim.batch_size=2", "method=supervised"])
+
+
+def check(result: dict[str, Any], tracker: Tracker, small: Path, tmp_path: Path) -> None:
+    """What holds for every study: nested and closed runs, a fetched adapter that scores what was logged."""
+    (row,) = result["domains"]
+    assert "error" not in row, row
+    assert mlflow.active_run() is None
+    runs = {level: tracker.find(level) for level in ("study", "domain", "trial")}  # type: ignore[arg-type]
+    assert [len(r) for r in runs.values()] == [1, 1, 4]
+    assert {r.info.status for level in runs.values() for r in level} == {"FINISHED"}
+    assert runs["domain"][0].data.tags[tracking.PARENT] == result["run_id"]
+    assert {r.data.tags[tracking.PARENT] for r in runs["trial"]} == {row["run_id"]}
+    found = tracking.trials(tracker, row["run_id"])
+    assert [t.number for t in found] == [1, 2, 3, 4]
+    assert [t.reference for t in found] == ["paper", "defaults", None, None]
+    assert not found[0].pruned
+    for tags in (r.data.tags for r in runs["trial"]):
+        assert tags["data"] == load_domain(str(small)).digest
+        assert {"seed", "prompt", "model", "domain", "version.torch", "mlflow.source.git.commit"} <= set(tags)
+    best = max(found, key=lambda t: t.best)
+    assert row["val"]["best"] == max(best.best, row["val"]["direct"])
+
+    assert row["best_trial"] == best.number, "no trial beat Direct"
+    entry, config = registry.fetch(tracker, "small", tmp_path / "adapter")
+    assert config == best.config
+    model = AdaptedSam.load(load_sam(), tmp_path / "adapter")
+    domain = load_domain(str(small))
+    assert evaluate(model, domain.split("val"), "box").miou == pytest.approx(best.best, abs=1e-4)
+    assert evaluate(model, domain.split("test"), "box").miou == pytest.approx(float(entry.tags["test_miou"]), abs=1e-4)
+    assert row["best"] == pytest.approx(float(entry.tags["test_miou"]), abs=1e-4)
+    assert "small" in summary(result)
+
+
+def test_trials_of_one_worker_share_their_actors(small: Path, tmp_path: Path, tracker: Tracker) -> None:
+    result = new_study(make(small, tmp_path), tracker)
+    check(result, tracker, small, tmp_path)
+    assert result["gap_between_trials"]["max"] < 2.0  # 0.1 on a machine with nothing else to do
+
+    report.write(report.collect(tracker, "s"), tmp_path / "report")
+    page = (tmp_path / "report" / report.PAGE).read_text()
+    assert "data:image/png;base64" in page
+    assert page.count("<svg") >= 3
+    assert "| small | test |" in (tmp_path / "report" / report.TABLE).read_text()
+    assert (tmp_path / "report" / "overlay-small.png").stat().st_size > 1000
+
+    with pytest.raises(InputError, match="there is a study 's'"):
+        new_study(make(small, tmp_path), tracker)
+    with pytest.raises(InputError, match="is finished"):
+        resume_study("s", tracker)
+    with pytest.raises(InputError, match="unknown study 't'"):
+        resume_study("t", tracker)
+
+
+def test_trials_of_two_workers(small: Path, tmp_path: Path, tracker: Tracker) -> None:
+    check(new_study(make(small, tmp_path, workers=2), tracker), tracker, small, tmp_path)
+
+
+def test_when_nothing_beats_direct_nothing_is_registered(small: Path, tmp_path: Path, tracker: Tracker) -> None:
+    plan = make_plan(
+        {"name": "s", "domains": [str(small)], "trials": 2, "storage": str(tmp_path / "runs")},
+        ["steps=1", "eval_every=1", "optim.batch_size=1", "optim.lr=0"],
+    )
+    (row,) = new_study(plan, tracker)["domains"]
+    assert "nothing beat Direct" in row["outcome"]
+    assert row["best"] == row["direct"]
+    assert registry.champions(tracker) == []

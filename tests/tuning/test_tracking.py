@@ -1,0 +1,106 @@
+"""MLflow: nested runs, closed runs, servers that are not there, champions."""
+
+from __future__ import annotations
+
+import ast
+import time
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.exceptions import MlflowException
+
+import tuning
+from tuning import registry, tracking
+from tuning.tracking import Tracker
+from wesam.errors import InputError
+
+
+def test_runs_are_nested_and_closed_and_none_is_globally_active(tracker: Tracker) -> None:
+    study = tracker.start("s", "study", None, {"seed": "0"})
+    domain = tracker.start("d", "domain", study, {})
+    done = tracker.start("d 1", "trial", domain, {"wesam.trial": "1", "wesam.point": "{}"})
+    done.log({"val_miou": 0.5}, step=2, params={"lora.rank": 4})
+    done.log({"val_miou": 0.6, "best_miou": 0.6, "best_step": 4}, step=4)
+    done.attach(lambda: {"a.txt": b"a"}, "adapter")
+    done.close()
+    tracker.start("d 2", "trial", domain, {"wesam.trial": "2", "wesam.point": "{}"})
+    assert mlflow.active_run() is None
+    tracker.close("KILLED")
+
+    after = Tracker(tracker.uri)
+    found = {r.info.run_name: r for level in ("study", "domain", "trial") for r in after.find(level)}  # type: ignore[arg-type]
+    assert {n: r.info.status for n, r in found.items()} == {
+        "s": "KILLED", "d": "KILLED", "d 1": "FINISHED", "d 2": "KILLED"
+    }  # fmt: skip
+    assert found["d"].data.tags[tracking.PARENT] == found["s"].info.run_id
+    assert found["d 1"].data.tags[tracking.PARENT] == found["d"].info.run_id
+    (trial,) = tracking.trials(after, found["d"].info.run_id)
+    assert (trial.number, trial.best, trial.best_step, trial.config) == (1, 0.6, 4, {"lora.rank": "4"})
+    assert after.files(trial.run_id, "adapter") == {"a.txt": b"a"}
+    after.close()
+
+
+def test_the_global_active_run_is_used_nowhere() -> None:
+    fluent = {"start_run", "active_run", "set_tracking_uri", "set_experiment", "log_metric", "log_param", "autolog"}
+    for file in Path(tuning.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "mlflow":
+                assert node.attr not in fluent, f"{file.name}:{node.lineno}"
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////dev/null/mlflow.db", "nonsense://x"])
+def test_a_server_that_is_not_there_is_an_error_at_once(uri: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(InputError, match="cannot reach MLflow at"):
+        Tracker(uri)
+    assert time.monotonic() - began < 30
+
+
+def test_a_server_that_is_away_for_a_while_loses_nothing(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "PATIENCE", 0.01)
+    failures = [MlflowException("API request to http://x failed with exception y")] * 2
+
+    def write() -> str:
+        if failures:
+            raise failures.pop()
+        return "written"
+
+    first = tracker.later(write)
+    assert tracker.later(lambda: "after it").result() == "after it"
+    assert first.result() == "written"
+    assert capsys.readouterr().err.count("waiting for it") == 1
+
+
+def test_a_champion_is_replaced_only_by_a_better_one(tracker: Tracker) -> None:
+    def enter(val: float, data: str = "same") -> str:
+        run = tracker.start("t", "trial", None, {})
+        run.attach(lambda: {"adapter_config.json": f"{val}".encode()}, "adapter")
+        tags = {"val_miou": str(val), "test_miou": str(val), "data": data}
+        return registry.promote(tracker, "d", run.id, tags)[1]
+
+    assert "registered as champion" in enter(0.5)
+    assert "stays version 1" in enter(0.4)
+    assert "stays version 1" in enter(0.5)
+    best = registry.champion(tracker, "d")
+    assert best is not None
+    assert best.version == 1
+    assert "in place of version 1" in enter(0.6)
+    assert "the data has changed" in enter(0.1, data="new")
+    assert [e.version for e in registry.champions(tracker)] == [5]
+
+
+def test_fetching_brings_the_champions_files(tracker: Tracker, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no champion"):
+        registry.fetch(tracker, "birds", None)
+    run = tracker.start("t", "trial", None, {})
+    run.log(params={"lora.rank": 4})
+    run.attach(lambda: {"adapter_config.json": b"{}"}, "adapter")
+    registry.promote(tracker, "birds", run.id, {"val_miou": "0.5", "test_miou": "0.4", "data": "x"})
+    entry, config = registry.fetch(tracker, "birds", tmp_path / "out")
+    assert (entry.domain, config) == ("birds", {"lora.rank": "4"})
+    assert (tmp_path / "out" / "adapter_config.json").read_bytes() == b"{}"
+    with pytest.raises(InputError, match="did you mean 'birds'"):
+        registry.fetch(tracker, "bird", None)

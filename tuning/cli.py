@@ -1,0 +1,203 @@
+"""The command ``python -m tuning``: run, resume, best, report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+from tuning.plan import COLUMNS, DEMO, check, make_plan, read_study
+from wesam.config import PromptKind
+from wesam.console import Parser, guarded, table, write_json
+from wesam.data import domain_names
+from wesam.errors import InputError
+from wesam.sam import model_names
+
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+DEFAULT_URI = "sqlite:///mlflow.db"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns its exit code."""
+    args = _parser().parse_args(arguments)
+    return guarded(lambda: _told(args))
+
+
+def _told(args: argparse.Namespace) -> None:
+    """Runs a command; what MLflow refuses or cannot do becomes an InputError."""
+    try:
+        args.run(args)
+    except Exception as e:
+        if not type(e).__module__.startswith("mlflow."):
+            raise
+        raise InputError(f"MLflow at {args.tracking_uri}: {str(e).splitlines()[0][:200]}") from None
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m tuning", description="Search for the best adapter of each image domain.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        p = commands.add_parser(name, help=text, description=text)
+        p.set_defaults(run=run)
+        p.add_argument(
+            "--tracking-uri", metavar="URI", default=os.environ.get(URI_VARIABLE) or DEFAULT_URI,
+            help=f"MLflow server or database (default: ${URI_VARIABLE}, else {DEFAULT_URI})",
+        )  # fmt: skip
+        return p
+
+    p = command("run", _run, "Run a study: search each domain, test the best, register it.")
+    p.add_argument("study", nargs="?", type=Path, metavar="STUDY.yaml", help="a study's file; options win over it")
+    p.add_argument("--demo", action="store_true", help="a small study of three procedural domains")
+    p.add_argument("--name", help="the study's name (default: its domains and its prompt)")
+    p.add_argument(
+        "--domain", action="append", dest="domains", metavar="D",
+        help=f"{', '.join(domain_names())}, or a folder with train/val/test.json in COCO format; may be repeated",
+    )  # fmt: skip
+    p.add_argument("--prompt", choices=get_args(PromptKind), help="kind of weak label (default: box)")
+    p.add_argument("--model", help=f"one of {', '.join(model_names())} (default: nano)")
+    p.add_argument("--trials", type=int, help="trials per domain (default: 16)")
+    p.add_argument("--steps", type=int, help="optimisation steps of a trial (default: the model's)")
+    p.add_argument("--workers", type=int, help="workers per trial (default: 1)")
+    p.add_argument("--seed", type=int, help="seed of all that is random (default: 0)")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="fix a hyperparameter, as in lora.rank=8"
+    )
+    p.add_argument("--storage", metavar="URL", help="folder or URL for checkpoints, reached by all workers")
+    _json(p)
+
+    p = command("resume", _resume, "Go on with a study that was stopped.")
+    p.add_argument("name", metavar="NAME", help="the study's name")
+    _json(p)
+
+    p = command("best", _best, "Fetch a domain's best adapter, or list all.")
+    p.add_argument(
+        "domain", nargs="?", metavar="DOMAIN", help="the domain's name; without it, all champions are listed"
+    )
+    p.add_argument("--out", type=Path, metavar="DIR", help="folder for the adapter")
+    _json(p)
+
+    p = command("report", _report, "Write a study's report: one HTML page, and its table as Markdown.")
+    p.add_argument("name", metavar="NAME", help="the study's name")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report")
+    return parser
+
+
+def _json(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
+
+
+def _run(args: argparse.Namespace) -> None:
+    settings: dict[str, Any] = {}
+    if args.demo:
+        settings |= DEMO
+    if args.study:
+        settings |= read_study(args.study)
+    keys = ("name", "domains", "prompt", "model", "trials", "steps", "workers", "seed", "storage")
+    settings |= {k: v for k in keys if (v := getattr(args, k)) is not None}
+    check(settings)
+    plan = make_plan(settings, args.set)
+    chosen = args.name or (args.study and "name" in settings)
+    _study(args, lambda study, tracker: study.new_study(plan, tracker, rename=not chosen))
+
+
+def _resume(args: argparse.Namespace) -> None:
+    _study(args, lambda study, tracker: study.resume_study(args.name, tracker))
+
+
+def _study(args: argparse.Namespace, run: Callable[[Any, Any], dict[str, Any]]) -> None:
+    """Runs or resumes, writes the report, and says what to do next."""
+    print("starting Ray and MLflow ...", flush=True)
+    from tuning import report, runtime, study
+
+    tracker = _tracker(args)
+    try:
+        result = run(study, tracker)
+        out = Path("runs") / result["study"] / "report"
+        report.write(report.collect(tracker, result["study"]), out)
+    finally:
+        tracker.close()
+        runtime.stop()
+    write_json(args.json, result)
+    print()
+    print(summary(result))
+    print()
+    print(f"report: {out / report.PAGE}")
+    uri = tracker.uri
+    option = "" if uri == DEFAULT_URI else f" --tracking-uri {uri}"
+    found = next((r["domain"] for r in result["domains"] if r.get("version")), None)
+    print("go on with:")
+    print(f"  mlflow ui --backend-store-uri {uri}" if "://" in uri and not uri.startswith("http") else f"  open {uri}")
+    if found:
+        print(f"  python -m tuning best {found} --out {found}-adapter{option}")
+    failed = [r for r in result["domains"] if "error" in r]
+    if failed:
+        raise SystemExit(1)
+
+
+def summary(result: dict[str, Any]) -> str:
+    """A study's result in words: the table of test scores, and what became of each domain's best adapter."""
+    rows = [{"domain": r["domain"], **{title: r.get(key) for key, title in COLUMNS.items()}} for r in result["domains"]]
+    gap = result["gap_between_trials"]
+    lines = ["mIoU on test:", table(rows), ""]
+    for r in result["domains"]:
+        lines.append(f"{r['domain']}: {'failed: ' + r['error'] if 'error' in r else r['outcome']}")
+        if r.get("version"):
+            lines.append(f"  adapter: models:/wesam-{r['domain']}/{r['version']}  (trial {r['best_trial']})")
+    took = f"{result['seconds'] / 60:.1f} minutes"
+    lines.append(took + (f"; gap between trials {gap['median']:.2f} s (at most {gap['max']:.2f})" if gap else ""))
+    return "\n".join(lines)
+
+
+def _best(args: argparse.Namespace) -> None:
+    from tuning import registry
+
+    tracker = _tracker(args)
+    if args.domain is None:
+        if args.out:
+            raise InputError("--out needs a DOMAIN: python -m tuning best DOMAIN --out DIR")
+        rows = [_entry(e) for e in registry.champions(tracker)]
+        print(table(rows) if rows else f"no champions at {tracker.uri}: python -m tuning run finds some")
+        write_json(args.json, rows)
+        return
+    entry, config = registry.fetch(tracker, args.domain, args.out)
+    row = _entry(entry)
+    print(table([row]))
+    print(f"run {entry.run_id}")
+    print("\n".join(f"  {k} = {v}" for k, v in sorted(config.items())))
+    write_json(args.json, {**row, "run_id": entry.run_id, "config": config, "adapter": str(args.out or "")})
+    if args.out:
+        t = entry.tags
+        print(f"adapter in {args.out}; go on with:")
+        common = f"--model {t['model']} --adapter {args.out}"
+        print(f"  wesam evaluate --domain {t['domain']} --prompt {t['prompt']} --split test {common}")
+        print(f"  wesam predict --image IMAGE --box X0,Y0,X1,Y1 {common} --out mask.png")
+
+
+def _entry(entry: Any) -> dict[str, Any]:
+    t = entry.tags
+    scores = {k: float(t[k]) for k in ("val_miou", "test_miou", "direct_test_miou")}
+    return {
+        "domain": entry.domain,
+        "version": entry.version,
+        **scores,
+        **{k: t[k] for k in ("prompt", "model", "study")},
+    }
+
+
+def _report(args: argparse.Namespace) -> None:
+    from tuning import report
+
+    tracker = _tracker(args)
+    report.write(report.collect(tracker, args.name), args.out)
+    print(f"report: {args.out / report.PAGE}")
+
+
+def _tracker(args: argparse.Namespace) -> Any:
+    from tuning.runtime import quiet
+    from tuning.tracking import Tracker
+
+    quiet()
+    return Tracker(args.tracking_uri)

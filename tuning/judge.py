@@ -1,0 +1,101 @@
+"""Scores that are needed once per domain: of what needs no search before it, and on test after it."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from tuning.runtime import worker_resources
+from tuning.trainer import source_model
+from wesam import AdaptedSam, Scores, baseline, evaluate, load_domain, overlay, predict
+from wesam.config import PromptKind
+from wesam.overlay import sheet
+from wesam.prompts import weak_labels
+
+Files = dict[str, bytes]
+"""An adapter as it travels between machines: file name -> contents."""
+
+SHOWN = 4
+"""Test images in a domain's picture."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A domain as a study sees it."""
+
+    model: str
+    domain: str
+    prompt: PromptKind
+
+
+def references(task: Task) -> dict[str, Scores]:
+    """Ellipse in the box and Direct, on val and on test: ``ellipse_val``, ``ellipse_test``, ``direct_val``, ..."""
+    found: dict[str, Scores] = _remote(_references, task)
+    return found
+
+
+def judged(task: Task, adapters: Mapping[str, Files]) -> dict[str, Scores]:
+    """Each adapter's scores on test."""
+    found: dict[str, Scores] = _remote(_judged, task, dict(adapters))
+    return found
+
+
+def picture(task: Task, adapter: Files | None) -> bytes:
+    """A PNG: a few test images with their true masks, before and, given an adapter, after adaptation."""
+    found: bytes = _remote(_picture, task, adapter)
+    return found
+
+
+def _remote(function: Callable[..., Any], *arguments: Any) -> Any:
+    need = worker_resources()
+    task: Any = ray.remote(function)
+    return ray.get(task.options(num_cpus=need["CPU"], num_gpus=need.get("GPU", 0)).remote(*arguments))
+
+
+def _references(task: Task) -> dict[str, Scores]:
+    sam, domain = source_model(task.model), load_domain(task.domain)
+    found = {}
+    for split in ("val", "test"):
+        found[f"ellipse_{split}"] = baseline("ellipse", domain.split(split))
+        found[f"direct_{split}"] = evaluate(sam, domain.split(split), task.prompt)
+    return found
+
+
+def _judged(task: Task, adapters: dict[str, Files]) -> dict[str, Scores]:
+    sam, test = source_model(task.model), load_domain(task.domain).split("test")
+    with tempfile.TemporaryDirectory() as folder:
+        return {
+            name: evaluate(AdaptedSam.load(sam, _unpack(files, Path(folder) / name)), test, task.prompt)
+            for name, files in adapters.items()
+        }
+
+
+def _picture(task: Task, adapter: Files | None) -> bytes:
+    sam, test = source_model(task.model), load_domain(task.domain).split("test")
+    with tempfile.TemporaryDirectory() as folder:
+        models = {"before: Direct": sam}
+        if adapter:
+            models["after adaptation"] = AdaptedSam.load(sam, _unpack(adapter, Path(folder))).sam
+        rows = []
+        for i in range(min(SHOWN, len(test))):
+            sample = test[i]
+            given = weak_labels(sample.masks, task.prompt, sample.key)
+            row = [overlay(sample.image, sample.masks, boxes=given.boxes, points=given.points)]
+            row += [overlay(sample.image, predict(m, sample.image, given)[0]) for m in models.values()]
+            rows.append(row)
+    out = io.BytesIO()
+    sheet(rows, ["truth and prompts", *models]).save(out, "PNG")
+    return out.getvalue()
+
+
+def _unpack(files: Files, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, contents in files.items():
+        (folder / name).write_bytes(contents)
+    return folder

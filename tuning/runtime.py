@@ -1,0 +1,70 @@
+"""Ray for a study: joined where there is a cluster, started where there is none."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import optuna
+import ray
+
+from wesam.errors import InputError
+
+
+def quiet() -> None:
+    """Keeps the terminal for the study's own lines."""
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="(ray|mlflow|optuna)")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    for name in ("ray", "ray.tune", "ray.train", "mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def start() -> None:
+    """Joins the cluster that RAY_ADDRESS names, as it does inside a Ray job; otherwise starts one on this machine.
+
+    With the dashboard: Ray Train's cleaner asks it which trials are gone before it gives their CPUs back.
+    """
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    options: dict[str, Any] = {"address": address, "logging_level": logging.CRITICAL, "log_to_driver": False}
+    if not address:
+        options |= {"address": "local", "include_dashboard": True}
+    try:
+        ray.init(**options)
+    except Exception:  # on a machine that is busy Ray gives up on its own processes too soon, with a bare Exception
+        ray.shutdown()
+        try:
+            ray.init(**options)
+        except Exception as e:
+            where = f"join the Ray cluster at RAY_ADDRESS={address}" if address else "start Ray on this machine"
+            raise InputError(f"cannot {where}: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
+    quiet()  # ray.init sets up its loggers anew
+
+
+def stop() -> None:
+    """Leaves the cluster; one that was started here ends."""
+    ray.shutdown()
+
+
+def worker_resources() -> dict[str, float]:
+    """What one worker of a trial takes: a CPU, and a GPU where the cluster has some."""
+    return {"CPU": 1, "GPU": 1} if _cluster().get("GPU", 0) else {"CPU": 1}
+
+
+def slots(workers: int) -> int:
+    """How many trials of this many workers the cluster runs at once; raises InputError if not even one."""
+    total = _cluster()
+    count = min(int(total.get(k, 0) // (v * workers)) for k, v in worker_resources().items())
+    if count < 1:
+        have = ", ".join(f"{int(total.get(k, 0))} {k}" for k in worker_resources())
+        raise InputError(f"a trial of {workers} workers does not fit on this cluster ({have}): use fewer --workers")
+    return count
+
+
+def _cluster() -> dict[str, float]:
+    return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]

@@ -1,0 +1,261 @@
+"""MLflow: study > domain > trial as nested runs, through explicit run ids and never the global active run.
+
+All writing is done in order by one thread of the driver: trials that end at once do not meet in SQLite, no trial waits
+for a slow server, and what a server that is down cannot take is kept until it can.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Run as Stored
+from mlflow.exceptions import MlflowException, RestException
+
+from wesam.errors import InputError
+
+T = TypeVar("T")
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+Level = Literal["study", "domain", "trial"]
+
+EXPERIMENT = "wesam"
+PARENT = "mlflow.parentRunId"
+PATIENCE = 5.0
+"""Seconds between two attempts to reach a server that does not answer."""
+
+
+class Tracker:
+    """A tracking server or database, and the one thread that writes to it."""
+
+    def __init__(self, uri: str) -> None:
+        """Raises InputError if it cannot be reached now."""
+        self.uri = uri
+        self._writer = ThreadPoolExecutor(1, "mlflow")
+        self._hurry = threading.Event()
+        self._open: list[Run] = []
+        self._lock = threading.Lock()
+        try:
+            self.client = MlflowClient(uri, uri)
+            found = self.client.get_experiment_by_name(EXPERIMENT)
+            self._experiment = found.experiment_id if found else self._create_experiment()
+        except Exception as e:  # every store has errors of its own
+            raise InputError(f"cannot reach MLflow at {uri}: {_first_line(e)}") from None
+
+    def _create_experiment(self) -> str:
+        path = sqlite_file(self.uri)
+        artifacts = (path.parent / "mlartifacts").as_uri() if path else None
+        return self.client.create_experiment(EXPERIMENT, artifact_location=artifacts)
+
+    def later(self, write: Callable[[], T]) -> Future[T]:
+        """Has the thread do this after all that it was given before; ``.result()`` waits for it."""
+        return self._writer.submit(self._until_done, write)
+
+    def start(self, name: str, level: Level, parent: Run | None, tags: Mapping[str, str]) -> Run:
+        """A new run of this name under its parent."""
+        tags = {"wesam.level": level, "wesam.name": name, **tags}
+
+        def create() -> str:
+            nested = {PARENT: parent.id} if parent else {}
+            return str(self.client.create_run(self._experiment, tags={**tags, **nested}, run_name=name).info.run_id)
+
+        return self._opened(Run(self, name, self.later(create)))
+
+    def reopen(self, run: Stored) -> Run:
+        """A run of before, to be gone on with."""
+        run_id = str(run.info.run_id)
+
+        def update() -> str:
+            self.client.update_run(run_id, "RUNNING")
+            return run_id
+
+        return self._opened(Run(self, str(run.data.tags["wesam.name"]), self.later(update)))
+
+    def find(self, level: Level, *, parent: str | None = None) -> list[Stored]:
+        """The runs at this level, oldest first."""
+        wanted = {"wesam.level": level, PARENT: parent}
+        query = " and ".join(f"tags.`{k}` = '{v}'" for k, v in wanted.items() if v is not None)
+        found: list[Stored] = []
+        token = None
+        while True:
+            page = self.client.search_runs([self._experiment], query, order_by=["start_time ASC"], page_token=token)
+            found += page
+            token = page.token
+            if not token:
+                return found
+
+    def flush(self) -> None:
+        """Waits until all that was given so far is written."""
+        self.later(lambda: None).result()
+
+    def files(self, run_id: str, path: str) -> dict[str, bytes]:
+        """The files of an artifact folder by name."""
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(self.client.download_artifacts(run_id, path, folder))
+            return {f.name: f.read_bytes() for f in sorted(local.iterdir()) if f.is_file()}
+
+    def close(self, left: Status = "FAILED") -> None:
+        """Closes the runs that are still open, innermost first; does not wait for a server that is away."""
+        self._hurry.set()
+        for run in reversed(self._open.copy()):
+            run.close(left)
+        self._writer.shutdown(wait=True)
+
+    def _opened(self, run: Run) -> Run:
+        self._open.append(run)
+        return run
+
+    def _closed(self, run: Run) -> bool:
+        """Forgets the run; whether it was open."""
+        with self._lock:
+            was_open = run in self._open
+            if was_open:
+                self._open.remove(run)
+            return was_open
+
+    def _until_done(self, write: Callable[[], T]) -> T:
+        told = False
+        while True:
+            try:
+                return write()
+            except MlflowException as e:
+                if not _unreachable(e) or self._hurry.is_set():
+                    print(f"MLflow has not taken a record: {_first_line(e)}", file=sys.stderr)
+                    raise
+                if not told:
+                    print(f"MLflow at {self.uri} does not answer; waiting for it, nothing is lost", file=sys.stderr)
+                told = True
+                self._hurry.wait(PATIENCE)
+
+
+class Run:
+    """One run, open until :meth:`close`."""
+
+    def __init__(self, tracker: Tracker, name: str, created: Future[str]) -> None:
+        self._tracker, self.name, self._created = tracker, name, created
+
+    @property
+    def id(self) -> str:
+        """The run's id; waits until MLflow has given it."""
+        return self._created.result()
+
+    def log(
+        self,
+        metrics: Mapping[str, float] | None = None,
+        *,
+        step: int = 0,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """Metrics at a step, parameters, tags."""
+        now = int(time.time() * 1000)
+        m = [Metric(k, float(v), now, step) for k, v in (metrics or {}).items()]
+        p = [Param(k, str(v)) for k, v in (params or {}).items()]
+        t = [RunTag(k, str(v)) for k, v in (tags or {}).items()]
+        self._tracker.later(lambda: self._tracker.client.log_batch(self.id, m, p, t))
+
+    def attach(self, files: Callable[[], Mapping[str, bytes]], folder: str | None = None) -> None:
+        """Files among the run's artifacts, in this folder of them; the function is called when it is time to write."""
+
+        def write() -> None:
+            with tempfile.TemporaryDirectory() as local:
+                for name, contents in files().items():
+                    (Path(local) / name).write_bytes(contents)
+                self._tracker.client.log_artifacts(self.id, local, folder)
+
+        self._tracker.later(write)
+
+    def close(self, status: Status = "FINISHED") -> None:
+        """Ends the run, once."""
+        if self._tracker._closed(self):
+            self._tracker.later(lambda: self._tracker.client.set_terminated(self.id, status))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial that has ended, as MLflow has it."""
+
+    number: int
+    run_id: str
+    reference: str | None
+    point: dict[str, Any]
+    """Where in the space; empty for a reference that the space does not hold."""
+    config: dict[str, str]
+    """Every hyperparameter, as text."""
+    best: float
+    """Best val mIoU."""
+    best_step: int
+    pruned: bool
+    gap: float | None
+    """Seconds that the worker was idle before it."""
+
+
+def trials(tracker: Tracker, domain_run: str) -> list[Trial]:
+    """The finished trials of a domain that have an adapter, in order."""
+    found = []
+    for run in tracker.find("trial", parent=domain_run):
+        tags, metrics = run.data.tags, run.data.metrics
+        if run.info.status == "FINISHED" and "best_step" in metrics:
+            found.append(
+                Trial(
+                    number=int(tags["wesam.trial"]),
+                    run_id=run.info.run_id,
+                    reference=tags.get("wesam.reference"),
+                    point=json.loads(tags["wesam.point"]),
+                    config=dict(run.data.params),
+                    best=metrics["best_miou"],
+                    best_step=int(metrics["best_step"]),
+                    pruned=tags.get("pruned") == "true",
+                    gap=metrics.get("gap"),
+                )
+            )
+    return sorted(found, key=lambda t: t.number)
+
+
+@lru_cache
+def environment() -> dict[str, str]:
+    """What a number depends on besides its configuration: versions and the git commit, as tags."""
+    names = ("torch", "ray", "optuna", "mlflow", "peft", "wesam")
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    tags = {f"version.{n}": _version(n) for n in names}
+    tags["version.python"] = sys.version.split()[0]
+    return {**tags, "mlflow.source.git.commit": done.stdout.strip() or "unknown"}
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The database file that a tracking URI names, if it names one."""
+    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except ImportError:
+        return "not installed"
+
+
+def _unreachable(e: MlflowException) -> bool:
+    """Whether the same call may well succeed later: no answer, an overloaded server, a locked database."""
+    if isinstance(e, RestException):
+        return bool(e.error_code in ("TEMPORARILY_UNAVAILABLE", "RESOURCE_EXHAUSTED"))
+    return e.error_code == "TEMPORARILY_UNAVAILABLE" or "API request to" in str(e)
+
+
+def _first_line(e: Exception) -> str:
+    lines = str(e).splitlines()
+    return lines[0][:200] if lines else type(e).__name__
