@@ -17,8 +17,11 @@ from tuning.tracking import Trial
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import NullFormatter
 
-FEWEST_FOR_IMPORTANCE = 6
+FEWEST_FOR_IMPORTANCE = 10
+"""Trials, and no fewer than hyperparameters: below that, importances are noise."""
+
 Curve = Sequence[tuple[int, float]]
 """(step, val mIoU)."""
 
@@ -57,7 +60,7 @@ def by_step(curves: Mapping[int, Curve], best: int | None) -> str:
 def importances(trials: Sequence[Trial], space: Space) -> str | None:
     """How much of the difference between trials each hyperparameter explains (PED-ANOVA); None for too few trials."""
     inside = [t for t in trials if t.point]
-    if len(inside) < FEWEST_FOR_IMPORTANCE or len({t.best for t in inside}) < 2 or not space:
+    if len(inside) < max(FEWEST_FOR_IMPORTANCE, len(space)) or len({t.best for t in inside}) < 2 or not space:
         return None
     study = create_study(direction="maximize")
     distributions = {path: distribution(axis) for path, axis in space.items()}
@@ -87,6 +90,7 @@ def against_score(trials: Sequence[Trial], space: Space) -> str | None:
         axes.scatter(values, [t.best for t in inside], s=10, color="#1f77b4")
         if axis.log:
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_title(path, fontsize=8)
         axes.tick_params(labelsize=6)
     return _svg(figure)
