@@ -17,10 +17,10 @@ SIZES = {"train": 64, "val": 24, "test": 64}
 
 NOTES = {
     "clean": "unseen scenes like those that the embedded model was trained on",
-    "corrupted": "strong sensor noise, blur, faded contrast",
-    "medical": "grey, low contrast, speckle, soft borders",
-    "camouflaged": "objects in the colours of what lies under them",
-    "cluttered": "crowded, with unlabelled strokes over everything",
+    "corrupted": "blocks of the image are lost, as after a broken transmission",
+    "medical": "grey, faded contrast, objects that fade towards their borders",
+    "camouflaged": "objects that fade into what lies under them, without shadows or outlines",
+    "cluttered": "crowded, behind a fence that belongs to no object",
 }
 
 

@@ -61,12 +61,14 @@ class Style:
     """Textures of the objects."""
     cues: float = 1.0
     """Factor on the shares of objects with shading, an outline and a shadow."""
-    speckle: float = 0.0
-    """Strength of multiplicative speckle, as in ultrasound."""
+    fade: float = 0.0
+    """Depth at which an object has become opaque, in units of its inner radius; 0 is opaque up to its border."""
+    fence: float = 0.0
+    """Width of the bars of a fence in front of everything, in units of the gap between them."""
+    lost: tuple[float, float] = (0.0, 0.0)
+    """Range of the share of the image's blocks that were lost and are grey, as after a broken transmission."""
     smallest: int = 40
     """Instances with fewer visible pixels than this are none."""
-    strokes: int = 0
-    """Unlabelled thin strokes drawn over everything."""
 
 
 TRAINING = Style()
@@ -75,18 +77,14 @@ TRAINING = Style()
 _MEDIUM = Style(smallest=160)  # 0.4 % of the image, about where COCO's medium instances begin
 STYLES: dict[str, Style] = {
     "clean": _MEDIUM,
-    "corrupted": replace(_MEDIUM, noise=(0.24, 0.36), blur=(1.2, 2.0), contrast=(0.5, 0.8)),
+    "corrupted": replace(_MEDIUM, lost=(0.15, 0.35)),
     "medical": replace(
-        _MEDIUM,
-        grey=1.0, contrast=(0.08, 0.18), soft=(1.5, 3.0), noise=(0.005, 0.015), speckle=0.12, hidden=0.4, crowd=0.6,
-        hidden_gap=(0.15, 0.3), families=("ellipse", "blob", "cloud", "ring"),
+        _MEDIUM, grey=1.0, contrast=(0.3, 0.6), crowd=0.6, fade=1.0, families=("ellipse", "blob", "cloud", "ring")
     ),
     "camouflaged": replace(
-        _MEDIUM,
-        hidden=1.0, hidden_gap=(0.0, 0.03), cues=0.3, crowd=0.6, ground=("flat", "gradient", "fractal"),
-        skin=("grain", "maze"), families=("blob", "creature", "cloud", "polygon"),
+        _MEDIUM, cues=0.3, crowd=0.6, fade=1.0, families=("blob", "creature", "cloud", "polygon")
     ),
-    "cluttered": replace(_MEDIUM, crowd=1.5, strokes=60),
+    "cluttered": replace(_MEDIUM, crowd=1.2, fence=0.2),
 }  # fmt: skip
 
 
@@ -282,6 +280,9 @@ def _place(rng: Rng, canvas: Array, alpha: Array, light: float, style: Style) ->
     h, w = a.shape
 
     beneath = under[a > 0.5]
+    if style.fade:
+        depth = cv2.distanceTransform((a > 0.5).astype(np.uint8), cv2.DIST_L2, 3)
+        a = a * np.clip(depth / max(2.0, style.fade * float(depth.max())), 0.1, 1)
     soft = rng.uniform(*style.soft)
     if soft > 0.3:
         a = cv2.GaussianBlur(a, (0, 0), soft)
@@ -315,15 +316,11 @@ def _place(rng: Rng, canvas: Array, alpha: Array, light: float, style: Style) ->
 def _expose(rng: Rng, canvas: Array, style: Style) -> Array:
     """The camera: light over the scene, blur, contrast, noise, compression."""
     h, w = canvas.shape[:2]
-    for _ in range(style.strokes):
-        line = np.round((rng.random(2) * (w, h) + rng.normal(0, 25, (4, 2)).cumsum(0)) * 16).astype(np.int32)
-        colour = tuple(float(c) for c in rng.random(3))
-        cv2.polylines(canvas, [line], False, colour, int(rng.integers(1, 3)), cv2.LINE_AA, 4)
+    if style.fence:
+        bars = _fence(rng, h, w, style.fence)
+        canvas = canvas * (1 - bars) + bars * rng.random(3, np.float32)
     if rng.random() < 0.5:
         canvas = canvas * (rng.uniform(0.6, 0.95) + 0.5 * _fractal(rng, h, w, 0.3))[..., None]
-    if style.speckle:
-        grain = cv2.GaussianBlur(rng.standard_normal((h, w), np.float32), (0, 0), 0.8)
-        canvas = canvas * (1 + style.speckle * grain / (grain.std() + 1e-6))[..., None]
     if rng.random() < style.grey:
         canvas = np.repeat(canvas @ rng.dirichlet((4, 4, 4)).astype(np.float32)[:, None], 3, 2)
     blur = rng.uniform(*style.blur)
@@ -333,9 +330,25 @@ def _expose(rng: Rng, canvas: Array, style: Style) -> Array:
     canvas = canvas + rng.uniform(*style.noise) * rng.standard_normal(canvas.shape, np.float32)
     pale = 1 - rng.random() ** 0.5  # few cameras see colours as they are
     canvas = canvas + pale * (canvas.mean(2, keepdims=True) - canvas)
+    if any(style.lost):
+        canvas[_lost(rng, h, w, rng.uniform(*style.lost))] = 0.5
     image = (np.clip(canvas, 0, 1) * 255).astype(np.uint8)
     if rng.random() < 0.25:
         quality = int(rng.integers(35, 95))
         packed = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
         image = np.asarray(cv2.imdecode(packed, cv2.IMREAD_COLOR))
     return image
+
+
+def _fence(rng: Rng, h: int, w: int, width: float) -> Array:
+    """Crossed bars, float32 [h, w, 1]: 1 on a bar, 0 in a gap."""
+    period, turn = rng.uniform(14, 30), rng.uniform(0, np.pi)
+    yy, xx = np.mgrid[:h, :w].astype(np.float32)
+    across = [np.abs((xx * np.cos(a) + yy * np.sin(a)) % period - period / 2) for a in (turn, turn + np.pi / 2)]
+    return np.asarray(np.clip(width * period / 2 - np.minimum(*across) + 0.5, 0, 1)[..., None], np.float32)
+
+
+def _lost(rng: Rng, h: int, w: int, share: float, size: int = 12) -> Array:
+    """Square blocks, bool [h, w], of which this share is True; size: their side in pixels."""
+    blocks = rng.random((-(-h // size), -(-w // size))) < share
+    return np.asarray(blocks.repeat(size, 0).repeat(size, 1)[:h, :w])
