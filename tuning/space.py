@@ -37,14 +37,14 @@ class Axis:
 Space = dict[str, Axis]
 
 DEFAULT: Space = {
-    "lora.rank": Axis(type="int", low=1, high=32, log=True),
+    "lora.rank": Axis(type="int", low=2, high=32, log=True),
     "lora.targets": Axis(type="categorical", choices=("qkv", "attention", "encoder", "encoder+decoder")),
     "lora.alpha_ratio": Axis(type="float", low=0.5, high=4, log=True),
-    "optim.lr": Axis(type="float", low=1e-4, high=1e-2, log=True),
-    "loss.focal": Axis(type="float", low=1, high=50, log=True),
+    "optim.lr": Axis(type="float", low=1e-4, high=5e-3, log=True),
+    "loss.focal": Axis(type="float", low=5, high=200, log=True),
     "loss.iou": Axis(type="float", low=0.0, high=2.0),
-    "loss.anchor": Axis(type="float", low=0.01, high=3, log=True),
-    "loss.contrastive": Axis(type="float", low=0.01, high=3, log=True),
+    "loss.anchor": Axis(type="float", low=0.01, high=2, log=True),
+    "loss.contrastive": Axis(type="float", low=0.01, high=1, log=True),
     "loss.temperature": Axis(type="float", low=0.05, high=1, log=True),
     "loss.tightness": Axis(type="float", low=0.0, high=3.0, prompt="box"),
     "teacher.decay": Axis(type="categorical", choices=(0.0, 0.9, 0.99, 0.999)),

@@ -185,10 +185,13 @@ def _parse(path: str, text: str, kind: type) -> Value:
 
 PRESETS: dict[str, dict[str, Value]] = {
     "paper": {},
-    "nano": {"optim.lr": 1e-3, "optim.warmup_steps": 10, "steps": 100, "eval_every": 20, "max_instances": 8},
+    "nano": {
+        "lora.rank": 16, "lora.alpha_ratio": 2.0, "loss.focal": 60.0, "loss.contrastive": 0.05,
+        "optim.lr": 5e-4, "optim.warmup_steps": 10, "steps": 60, "eval_every": 10, "max_instances": 8,
+    },
     "nano-supervised": {
-        "method": "supervised", "optim.lr": 3e-3, "optim.warmup_steps": 10, "steps": 100, "eval_every": 20,
-        "max_instances": 8,
+        "method": "supervised", "lora.rank": 16, "lora.alpha_ratio": 2.0, "lora.targets": "encoder+decoder",
+        "optim.lr": 2e-3, "optim.warmup_steps": 10, "steps": 60, "eval_every": 10, "max_instances": 8,
     },
 }  # fmt: skip
 """What differs from the published values, by preset. A model without a preset of its own uses the published ones."""

@@ -77,7 +77,7 @@ TRAINING = Style()
 _MEDIUM = Style(smallest=160)  # 0.4 % of the image, about where COCO's medium instances begin
 STYLES: dict[str, Style] = {
     "clean": _MEDIUM,
-    "corrupted": replace(_MEDIUM, lost=(0.15, 0.35)),
+    "corrupted": replace(_MEDIUM, lost=(0.2, 0.35)),
     "medical": replace(
         _MEDIUM, grey=1.0, contrast=(0.3, 0.6), crowd=0.6, fade=1.0, families=("ellipse", "blob", "cloud", "ring")
     ),
@@ -348,7 +348,7 @@ def _fence(rng: Rng, h: int, w: int, width: float) -> Array:
     return np.asarray(np.clip(width * period / 2 - np.minimum(*across) + 0.5, 0, 1)[..., None], np.float32)
 
 
-def _lost(rng: Rng, h: int, w: int, share: float, size: int = 12) -> Array:
+def _lost(rng: Rng, h: int, w: int, share: float, size: int = 8) -> Array:
     """Square blocks, bool [h, w], of which this share is True; size: their side in pixels."""
     blocks = rng.random((-(-h // size), -(-w // size))) < share
     return np.asarray(blocks.repeat(size, 0).repeat(size, 1)[:h, :w])
