@@ -186,8 +186,9 @@ def _parse(path: str, text: str, kind: type) -> Value:
 PRESETS: dict[str, dict[str, Value]] = {
     "paper": {},
     "nano": {
-        "lora.rank": 16, "lora.alpha_ratio": 2.0, "loss.focal": 60.0, "loss.contrastive": 0.05,
-        "optim.lr": 5e-4, "optim.warmup_steps": 10, "steps": 60, "eval_every": 10, "max_instances": 8,
+        "lora.rank": 16, "lora.alpha_ratio": 2.0, "loss.focal": 60.0, "loss.dice": 0.3,
+        "loss.contrastive": 0.05, "optim.lr": 5e-4, "optim.warmup_steps": 10,
+        "steps": 60, "eval_every": 10, "max_instances": 8,
     },
     "nano-supervised": {
         "method": "supervised", "lora.rank": 16, "lora.alpha_ratio": 2.0, "lora.targets": "encoder+decoder",

@@ -85,7 +85,10 @@ def test_when_nothing_beats_direct_nothing_is_registered(small: Path, tmp_path: 
         {"name": "s", "domains": [str(small)], "trials": 2, "storage": str(tmp_path / "runs")},
         ["steps=1", "eval_every=1", "optim.batch_size=1", "optim.lr=0"],
     )
-    (row,) = new_study(plan, tracker)["domains"]
+    tracker.start("s", "study", None, {}).close("FINISHED")
+    result = new_study(plan, tracker, rename=True)
+    assert result["study"] == "s-2", "the name was taken"
+    (row,) = result["domains"]
     assert "nothing beat Direct" in row["outcome"]
     assert row["best"] == row["direct"]
     assert registry.champions(tracker) == []
