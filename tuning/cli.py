@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from tuning.plan import COLUMNS, DEMO, check, make_plan, read_study
 from wesam.config import PromptKind
-from wesam.console import Parser, guarded, table, write_json
+from wesam.console import Parser, guarded, program, table, write_json
 from wesam.data import domain_names
 from wesam.errors import InputError
 from wesam.sam import model_names
@@ -129,9 +129,10 @@ def _study(args: argparse.Namespace, run: Callable[[Any, Any], dict[str, Any]]) 
     option = "" if uri == DEFAULT_URI else f" --tracking-uri {uri}"
     found = next((r["domain"] for r in result["domains"] if r.get("version")), None)
     print("go on with:")
-    print(f"  mlflow ui --backend-store-uri {uri}" if "://" in uri and not uri.startswith("http") else f"  open {uri}")
+    served = uri.startswith("http")
+    print(f"  open {uri}" if served else f"  {program('mlflow')} ui --backend-store-uri {uri}")
     if found:
-        print(f"  python -m tuning best {found} --out {found}-adapter{option}")
+        print(f"  {program('python')} -m tuning best {found} --out {found}-adapter{option}")
     failed = [r for r in result["domains"] if "error" in r]
     if failed:
         raise SystemExit(1)
@@ -172,8 +173,8 @@ def _best(args: argparse.Namespace) -> None:
         t = entry.tags
         print(f"adapter in {args.out}; go on with:")
         common = f"--model {t['model']} --adapter {args.out}"
-        print(f"  wesam evaluate --domain {t['domain']} --prompt {t['prompt']} --split test {common}")
-        print(f"  wesam predict --image IMAGE --box X0,Y0,X1,Y1 {common} --out mask.png")
+        print(f"  {program('wesam')} evaluate --domain {t['domain']} --prompt {t['prompt']} --split test {common}")
+        print(f"  {program('wesam')} predict --image IMAGE --box X0,Y0,X1,Y1 {common} --out mask.png")
 
 
 def _entry(entry: Any) -> dict[str, Any]:

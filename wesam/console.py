@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,14 @@ def write_json(path: Path | None, result: Any) -> None:
         path.write_text(json.dumps(result, indent=2) + "\n")
     except OSError as e:
         raise InputError(f"cannot write {path}: {e.strerror}") from None
+
+
+def program(name: str) -> str:
+    """How to call, from this folder, a program that was installed beside this Python: by name if the shell finds it."""
+    path = Path(sys.executable).parent / name
+    if shutil.which(name) == str(path) or not path.exists():
+        return name
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from wesam.cli import main
+from wesam.console import program
 
 
 def test_listings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -89,3 +90,15 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert message in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_the_next_command_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    for file in (python, python.with_name("wesam")):
+        file.touch(0o755)
+    monkeypatch.setattr("sys.executable", str(python))
+    monkeypatch.chdir(tmp_path)
+    assert program("wesam") == ".venv/bin/wesam"
+    monkeypatch.setenv("PATH", str(python.parent))
+    assert program("wesam") == "wesam"
