@@ -72,10 +72,10 @@ def adapt(
         raise InputError(f"optim.batch_size {config.optim.batch_size} is less than the {world} workers that share it")
     method = get_method(config.method)
     decay = config.teacher.decay
-    model = AdaptedSam(sam, config.lora, teacher=decay > 0, seed=config.seed)
+    model = AdaptedSam(sam, config.lora, teacher=decay > 0, seed=config.seed, crop=config.crop)
     parameters = model.trainable()
     optimizer = torch.optim.Adam(parameters, config.optim.lr, weight_decay=config.optim.weight_decay)
-    anchor = _anchor(sam, domain, config.prompt)
+    anchor = _anchor(sam, domain, config.prompt, config.crop)
     val = domain.split("val")
 
     def scores() -> Scores:
@@ -152,15 +152,16 @@ def draw(anchor: Anchor, config: Config, step: int, method: Method, rank: int = 
     truths: list[Tensor] = []
     image: list[Tensor] = []
     for slot in range(rank, size, world):
-        epoch, place = divmod(step * size + slot, len(anchor))
-        index = int(torch.randperm(len(anchor), generator=_generator(config.seed, 1, epoch))[place])
+        epoch, turn = divmod(step * size + slot, len(anchor))
+        index = int(torch.randperm(len(anchor), generator=_generator(config.seed, 1, epoch))[turn])
         generator = _generator(config.seed, 2, step, slot)
-        item = anchor.prepared(index)
+        place = anchor.place(index, generator)
+        item = anchor.prepared(place)
         chosen = torch.randperm(len(item.prompts), generator=generator)[: config.max_instances]
         coins = torch.rand(2, generator=generator) < 0.5
         flips = (bool(coins[0]), bool(coins[1])) if config.views.flip else (False, False)
         view = flip(item.image, *flips)
-        answer = anchor.answer(index, flips)
+        answer = anchor.answer(place, flips)
         weak.append(view)
         strongs.append(strong(view, config.views.strength, generator))
         prompts.append(item.prompts[chosen].flipped(*flips, (view.shape[1], view.shape[2])))
@@ -168,7 +169,7 @@ def draw(anchor: Anchor, config: Config, step: int, method: Method, rank: int = 
         features.append(answer.features[chosen])
         image.append(torch.full((len(chosen),), len(image)))
         if method.needs_masks:
-            truths.append(anchor.truth(index, flips, chosen))
+            truths.append(anchor.truth(place, flips, chosen))
     device = anchor.sam.pixel_mean.device
     all_masks = torch.cat(masks).to(device)
     stride = anchor.sam.image_encoder.img_size / all_masks.shape[-1]
@@ -178,13 +179,14 @@ def draw(anchor: Anchor, config: Config, step: int, method: Method, rank: int = 
     )
 
 
-_ANCHORS: WeakKeyDictionary[Sam, dict[tuple[str, str, PromptKind], Anchor]] = WeakKeyDictionary()
+_ANCHORS: WeakKeyDictionary[Sam, dict[tuple[str, str, PromptKind, float], Anchor]] = WeakKeyDictionary()
 
 
-def _anchor(sam: Sam, domain: Domain, prompt: PromptKind) -> Anchor:
+def _anchor(sam: Sam, domain: Domain, prompt: PromptKind, crop: float) -> Anchor:
     """The anchor's answers, shared by all adaptations of this model to this domain in this process."""
     kept = _ANCHORS.setdefault(sam, {})
-    return kept.setdefault((domain.name, domain.digest, prompt), Anchor(sam, domain.split("train"), prompt))
+    key = (domain.name, domain.digest, prompt, crop)
+    return kept.setdefault(key, Anchor(sam, domain.split("train"), prompt, crop))
 
 
 def _generator(*words: int) -> torch.Generator:

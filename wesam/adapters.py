@@ -12,12 +12,12 @@ from typing import cast
 
 import peft
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
-from wesam.config import LoraConfig, Targets
+from wesam.config import Config, LoraConfig, Targets
 from wesam.errors import InputError
 
 _BLOCK = r"image_encoder\.blocks\.\d+\."
@@ -35,11 +35,13 @@ class AdaptedSam:
     """A SAM with a student's LoRA on it and, if wanted, a teacher's.
 
     sam: the frozen source model; it is shared and never changed. lora: where the matrices sit. teacher: whether the
-    teacher has matrices of its own, a moving average; otherwise it is the student. seed: of the matrices A.
+    teacher has matrices of its own, a moving average; otherwise it is the student. seed: of the matrices A. crop:
+    how it sees a prompt, as :func:`wesam.predict` has it.
     """
 
-    def __init__(self, sam: Sam, lora: LoraConfig, *, teacher: bool = False, seed: int = 0) -> None:
+    def __init__(self, sam: Sam, lora: LoraConfig, *, teacher: bool = False, seed: int = 0, crop: float = 0.0) -> None:
         self.anchor = sam
+        self.crop = crop
         self._peft = _wrap(sam, _peft_config(sam, lora), seed)
         self._teacher = _wrap(sam, _peft_config(sam, lora), seed) if teacher else self._peft
 
@@ -73,12 +75,13 @@ class AdaptedSam:
         return cast(Sam, copy.deepcopy(self._peft).merge_and_unload())
 
     def save(self, directory: Path) -> None:
-        """Writes the student in PEFT's format: adapter_config.json and adapter_model.safetensors."""
+        """Writes the student in PEFT's format: adapter_config.json and adapter_model.safetensors, which holds crop."""
         directory.mkdir(parents=True, exist_ok=True)
         config = copy.copy(self._peft.peft_config["default"])
         config.inference_mode = True
         config.save_pretrained(str(directory))
-        save_file({k: v.contiguous() for k, v in _state(self._peft).items()}, directory / WEIGHTS_FILE)
+        state = {k: v.contiguous() for k, v in _state(self._peft).items()}
+        save_file(state, directory / WEIGHTS_FILE, {"crop": str(self.crop)})
 
     @classmethod
     def load(cls, sam: Sam, directory: Path) -> AdaptedSam:
@@ -89,6 +92,8 @@ class AdaptedSam:
         try:
             config = peft.LoraConfig.from_pretrained(str(directory))
             state = load_file(directory / WEIGHTS_FILE)
+            with safe_open(directory / WEIGHTS_FILE, "pt") as f:
+                crop = float((f.metadata() or {}).get("crop", 0))
         except (OSError, ValueError, TypeError, SafetensorError) as e:
             raise InputError(f"cannot read the adapter in {directory}: {e}") from None
         if config.base_model_name_or_path != _name(sam):
@@ -96,7 +101,7 @@ class AdaptedSam:
             raise InputError(f"the adapter in {directory} is for the model {made_for}, not {_name(sam)}")
         config.inference_mode = False
         self = cls.__new__(cls)
-        self.anchor = sam
+        self.anchor, self.crop = sam, Config(crop=crop).crop
         self._peft = self._teacher = _wrap(sam, config, 0)
         expected = {
             k: v.shape for k, v in peft.get_peft_model_state_dict(self._peft, save_embedding_layers=False).items()

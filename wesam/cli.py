@@ -18,7 +18,7 @@ from segment_anything.modeling import Sam
 from wesam.adapt import Report, adapt, keep_best
 from wesam.adapters import AdaptedSam
 from wesam.compare import compare
-from wesam.config import PRESETS, PromptKind, method_preset, preset
+from wesam.config import PRESETS, Config, PromptKind, method_preset, preset
 from wesam.console import Parser, guarded, table, write_json
 from wesam.data import SPLITS, domain_names, load_domain
 from wesam.errors import InputError
@@ -56,6 +56,12 @@ def _parser() -> Parser:
             "--prompt", choices=get_args(PromptKind), default="box", help="kind of weak label (default: box)"
         )
 
+    def crop(p: argparse.ArgumentParser, default: str) -> None:
+        p.add_argument(
+            "--crop", type=_crop, metavar="K",
+            help=f"show the model a square around each prompt, K times as long; 0: the whole image ({default})",
+        )  # fmt: skip
+
     def result(p: argparse.ArgumentParser) -> None:
         p.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
 
@@ -67,6 +73,7 @@ def _parser() -> Parser:
     model(p)
     p.add_argument("--split", choices=SPLITS, default="test")
     p.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter to put on the model")
+    crop(p, "default: as it was adapted")
     p.add_argument(
         "--baseline", choices=("box", "ellipse"), help="score this drawing of the given box instead of a model"
     )
@@ -76,6 +83,7 @@ def _parser() -> Parser:
     data(p)
     model(p)
     p.add_argument("--method", default="wesam", help=f"one of {', '.join(METHODS)} (default: wesam)")
+    crop(p, "default: the preset's")
     p.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: the model's own)")
     p.add_argument("--steps", type=int, help="optimisation steps")
     p.add_argument("--seed", type=int, default=0)
@@ -88,6 +96,7 @@ def _parser() -> Parser:
     p = command("compare", _compare, "Adapt with several methods and seeds; score each one's best checkpoint on test.")
     data(p)
     model(p)
+    crop(p, "default: the preset's")
     p.add_argument("--methods", nargs="+", default=["wesam", "supervised"], metavar="METHOD")
     p.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default: 3)")
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a hyperparameter of every method")
@@ -102,6 +111,7 @@ def _parser() -> Parser:
         "--point", nargs="+", metavar="X,Y[,0|1]", help="clicks, in pixels; 1 on it (default), 0 beside it"
     )
     p.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter to put on the model")
+    crop(p, "default: as it was adapted")
     p.add_argument("--out", type=Path, required=True, metavar="MASK.png", help="the mask: 255 inside, 0 outside")
     p.add_argument("--overlay", type=Path, metavar="PICTURE.png", help="the mask drawn over the image")
     result(p)
@@ -136,7 +146,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         scores, name = baseline(args.baseline, split), f"{args.baseline} (no model)"
     else:
         model, name = _model(args), args.model
-        scores = evaluate(model, split, args.prompt, progress=_progress("evaluating"))
+        scores = evaluate(model, split, args.prompt, crop=args.crop, progress=_progress("evaluating"))
     row = {
         "domain": domain.name, "model": name, "adapter": str(args.adapter) if args.adapter else None,
         "prompt": args.prompt, "split": args.split, **dataclasses.asdict(scores),
@@ -149,8 +159,7 @@ def _adapt(args: argparse.Namespace) -> None:
     sam, domain = load_sam(args.model), load_domain(args.domain)
     get_method(args.method)
     changes = {"method": args.method, "prompt": args.prompt, "seed": args.seed}
-    if args.steps is not None:
-        changes["steps"] = args.steps
+    changes |= {k: v for k in ("steps", "crop") if (v := getattr(args, k)) is not None}
     start = preset(args.preset) if args.preset else method_preset(args.model, args.method)
     config = start.replace(changes).parse(args.set)
     _writable(args.out)
@@ -183,7 +192,8 @@ def _compare(args: argparse.Namespace) -> None:
     sam, domain = load_sam(args.model), load_domain(args.domain)
     if args.seeds < 1:
         raise InputError(f"--seeds must be at least 1, got {args.seeds}")
-    configs = {m: method_preset(args.model, m).replace({"prompt": args.prompt}).parse(args.set) for m in args.methods}
+    changes = {"prompt": args.prompt} | ({} if args.crop is None else {"crop": args.crop})
+    configs = {m: method_preset(args.model, m).replace(changes).parse(args.set) for m in args.methods}
     row = {
         "domain": domain.name, "model": args.model, "prompt": args.prompt,
         **compare(sam, domain, configs, range(args.seeds), watch=lambda text: print(text, flush=True)),
@@ -200,7 +210,7 @@ def _predict(args: argparse.Namespace) -> None:
     except (OSError, UnidentifiedImageError) as e:
         raise InputError(f"cannot read the image {args.image}: {e}") from None
     prompts = _box(args.box) if args.box else _points(args.point)
-    masks, iou = predict(model, image, prompts)
+    masks, iou = predict(model, image, prompts, crop=args.crop)
     _save(Image.fromarray(masks[0].numpy().astype(np.uint8) * 255), args.out)
     if args.overlay:
         _save(overlay(image, masks, boxes=prompts.boxes, points=prompts.points), args.overlay)
@@ -222,6 +232,13 @@ def _numbers(text: str, what: str, counts: tuple[int, ...]) -> list[float]:
     if len(values) not in counts:
         raise InputError(f"expected {what}, got {text!r}")
     return values
+
+
+def _crop(text: str) -> float:
+    try:
+        return Config().parse([f"crop={text}"]).crop
+    except InputError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 def _box(text: str) -> Prompts:

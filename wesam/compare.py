@@ -27,20 +27,21 @@ def compare(
 ) -> dict[str, Any]:
     """Test mIoU of the trivial drawings, of the unadapted model and of each method's best checkpoint on val.
 
-    configs: by the name of the method; all with one kind of prompt. Returns, per method, mean and standard deviation
-    over the seeds and the list of all; and, where wesam and supervised are among them, the share of the gap between
+    configs: by the name of the method; all with one kind of prompt and one crop. Returns, per method, mean and
+    standard deviation over the seeds and the list of all; and, where wesam and supervised are among them, the share of the gap between
     Direct and Supervised that WeSAM closes.
     """
     test = domain.split("test")
-    prompt = next(iter(configs.values())).prompt
-    direct = evaluate(sam, test, prompt).miou
+    first = next(iter(configs.values()))
+    prompt, crop = first.prompt, first.crop
+    direct = evaluate(sam, test, prompt, crop=crop).miou
     row: dict[str, Any] = {
         "box_filled": baseline("box", test).miou,
         "ellipse": baseline("ellipse", test).miou,
         "direct": direct,
     }
     watch("  ".join(f"{k} {v:.3f}" for k, v in row.items()))
-    val = evaluate(sam, domain.split("val"), prompt)
+    val = evaluate(sam, domain.split("val"), prompt, crop=crop)
     for name, config in configs.items():
         found: list[float] = []
         for seed in seeds:

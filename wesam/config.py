@@ -114,6 +114,9 @@ class Config(_Checked):
 
     method: str = _hp("wesam", "the method: a name from wesam.methods")
     prompt: PromptKind = _hp("box", "kind of weak label")
+    crop: float = _hp(
+        0.0, "0 shows the whole image; else a square around each prompt of this many of its lengths", 0, 16
+    )
     steps: int = _hp(1000, "optimisation steps", 1)
     eval_every: int = _hp(100, "steps between two evaluations on val", 1)
     max_instances: int = _hp(50, "instances of an image used in one step; more are drawn at random", 1)
@@ -123,6 +126,11 @@ class Config(_Checked):
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 0 < self.crop < 1:
+            raise InputError(f"crop must be 0 (the whole image) or at least 1, got {self.crop!r}")
 
     def replace(self, changes: Mapping[str, Value]) -> Self:
         """A copy with the fields at these dotted paths changed; raises InputError for a wrong path or value."""

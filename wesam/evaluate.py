@@ -11,12 +11,16 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 
 from wesam.config import PromptKind
+from wesam.crops import cut, windows
 from wesam.data.domain import Sample
 from wesam.prompts import Prompts, tight_boxes, weak_labels
 from wesam.sam.promptable import decode, encode, resize, upscale
 
 CHUNK = 64
 """Prompts decoded at once."""
+
+WINDOWS = 16
+"""Windows encoded at once."""
 
 
 class HasSam(Protocol):
@@ -25,6 +29,10 @@ class HasSam(Protocol):
     @property
     def sam(self) -> Sam:
         """The SAM that predicts."""
+
+    @property
+    def crop(self) -> float:
+        """How it sees a prompt: the ``crop`` of :func:`predict`."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +65,22 @@ def overlap(predicted: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def predict(model: Sam | HasSam, image: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+def predict(
+    model: Sam | HasSam, image: Tensor, prompts: Prompts, *, crop: float | None = None
+) -> tuple[Tensor, Tensor]:
     """The masks for the prompts of one image.
 
-    image: uint8 [3, H, W], RGB. prompts: N of them, in pixels of this image. Returns masks, bool [N, H, W], and the
-    IoU that the model predicts for each, float [N].
+    image: uint8 [3, H, W], RGB. prompts: N of them, in pixels of this image. crop: show the model, for each prompt,
+    only a square window around it, whose side is this many longer sides of what the prompt spans; 0 shows the whole
+    image, None does as the model was adapted. Returns masks, bool [N, H, W], and the IoU that the model predicts for each,
+    float [N].
     """
     sam = model if isinstance(model, Sam) else model.sam
     side: int = sam.image_encoder.img_size
+    if crop is None:
+        crop = 0.0 if isinstance(model, Sam) else model.crop
+    if crop:
+        return _predict_windows(sam, image, prompts, crop)
     small = resize(image, side)
     given = prompts.scaled(side / max(image.shape[1:]))
     embedding = encode(sam, [small])
@@ -77,15 +93,38 @@ def predict(model: Sam | HasSam, image: Tensor, prompts: Prompts) -> tuple[Tenso
     return torch.cat(masks), torch.cat(ious)
 
 
+def _predict_windows(sam: Sam, image: Tensor, prompts: Prompts, crop: float) -> tuple[Tensor, Tensor]:
+    """:func:`predict` with each prompt in a window of its own; nothing is foreground outside of it."""
+    side: int = sam.image_encoder.img_size
+    where = windows(prompts, (image.shape[1], image.shape[2]), crop)
+    masks = torch.zeros(len(prompts), *image.shape[1:], dtype=torch.bool)
+    ious = []
+    for part in torch.arange(len(prompts)).split(WINDOWS):
+        images = [cut(image, where[i]) for i in part]
+        small = [resize(x, side) for x in images]
+        given = [
+            prompts[i[None]].seen_in(where[i]).scaled(side / max(x.shape[1:]))
+            for i, x in zip(part, images, strict=True)
+        ]
+        out = decode(sam, encode(sam, small), given)
+        for n, i in enumerate(part):
+            sizes = [(int(x.shape[1]), int(x.shape[2])) for x in (small[n], images[n])]
+            found = upscale(out.logits[n : n + 1], side, *sizes)[0] > 0
+            cut(masks[i], where[i])[:] = found.cpu()
+        ious.append(out.iou.cpu())
+    return masks, torch.cat(ious)
+
+
 def evaluate(
     model: Sam | HasSam,
     split: Sequence[Sample],
     prompt: PromptKind,
     *,
+    crop: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
-    """The model's scores on these images with prompts of this kind."""
-    return Scores.of(measure(model, split, prompt, progress=progress))
+    """The model's scores on these images with prompts of this kind; crop: as :func:`predict` has it."""
+    return Scores.of(measure(model, split, prompt, crop=crop, progress=progress))
 
 
 def measure(
@@ -93,13 +132,14 @@ def measure(
     split: Sequence[Sample],
     prompt: PromptKind,
     *,
+    crop: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Each image's IoUs [N] and F1s [N]."""
     out = []
     for i in range(len(split)):
         sample = split[i]
-        masks, _ = predict(model, sample.image, weak_labels(sample.masks, prompt, sample.key))
+        masks, _ = predict(model, sample.image, weak_labels(sample.masks, prompt, sample.key), crop=crop)
         out.append(overlap(masks, sample.masks))
         if progress:
             progress(i + 1, len(split))

@@ -23,6 +23,10 @@ VERTICES = 8
 """The most vertices of a coarse mask's polygon."""
 
 
+NO_CLICK = -1
+"""SAM's label of a place in the list of clicks that holds none."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
     """The weak labels of N instances, all of one kind, in one frame; what the kind does not have is None."""
@@ -32,7 +36,7 @@ class Prompts:
     points: Tensor | None = None
     """[N, P, 2] float, (x, y)."""
     point_labels: Tensor | None = None
-    """[N, P] int, 1 inside and 0 outside the instance."""
+    """[N, P] int, 1 inside and 0 outside the instance; -1 is no click."""
     polygons: tuple[Tensor, ...] | None = None
     """N polygons, each [V, 2] float, (x, y)."""
 
@@ -78,6 +82,32 @@ class Prompts:
             points=None if self.points is None else self.points * sign + at,
             point_labels=self.point_labels,
             polygons=None if self.polygons is None else tuple(p * sign + at for p in self.polygons),
+        )
+
+    def extents(self) -> Tensor:
+        """The bounding boxes of what is given as part of the object (box, clicks inside, polygon), [N, 4]."""
+        if self.boxes is not None:
+            return self.boxes
+        if self.polygons is not None:
+            return torch.stack([torch.cat([p.amin(0), p.amax(0)]) for p in self.polygons])
+        assert self.points is not None
+        assert self.point_labels is not None
+        outside = (self.point_labels != 1)[..., None]
+        low, high = (self.points.masked_fill(outside, end) for end in (torch.inf, -torch.inf))
+        return torch.cat([low.amin(1), high.amax(1)], 1)
+
+    def seen_in(self, window: Tensor) -> Self:
+        """The same prompts in the frame of a window (x0, y0, x1, y1) of the image; clicks beside it are taken away."""
+        origin = window[:2].float()
+        labels = self.point_labels
+        if self.points is not None and labels is not None:
+            beside = ((self.points < window[:2]) | (self.points > window[2:])).any(-1)
+            labels = labels.masked_fill(beside, NO_CLICK)
+        return type(self)(
+            boxes=None if self.boxes is None else self.boxes - origin.repeat(2),
+            points=None if self.points is None else self.points - origin,
+            point_labels=labels,
+            polygons=None if self.polygons is None else tuple(p - origin for p in self.polygons),
         )
 
     def mask_input(self, size: int, stride: float) -> Tensor:
