@@ -60,6 +60,9 @@ def _parser() -> Parser:
     p.add_argument("--model", help=f"one of {', '.join(model_names())} (default: nano)")
     p.add_argument("--trials", type=int, help="trials per domain (default: 16)")
     p.add_argument("--steps", type=int, help="optimisation steps of a trial (default: the model's)")
+    p.add_argument(
+        "--crop", type=float, metavar="K", help="show the model a square around each prompt, K times as long"
+    )
     p.add_argument("--workers", type=int, help="workers per trial (default: 1)")
     p.add_argument("--seed", type=int, help="seed of all that is random (default: 0)")
     p.add_argument(
@@ -95,7 +98,7 @@ def _run(args: argparse.Namespace) -> None:
         settings |= DEMO
     if args.study:
         settings |= read_study(args.study)
-    keys = ("name", "domains", "prompt", "model", "trials", "steps", "workers", "seed", "storage")
+    keys = ("name", "domains", "prompt", "model", "trials", "steps", "crop", "workers", "seed", "storage")
     settings |= {k: v for k in keys if (v := getattr(args, k)) is not None}
     check(settings)
     plan = make_plan(settings, args.set)

@@ -48,7 +48,7 @@ class DomainSearch(threading.Thread):
         self._c, self._given, self._before = context, given, before
         folder = Path(given)
         place = str(folder.absolute()) if folder.is_dir() else given
-        self._task = judge.Task(context.plan.model, place, context.plan.base.prompt)
+        self._task = judge.Task(context.plan.model, place, context.plan.base.prompt, context.plan.base.crop)
         self._tags = {**study_tags(context.plan), "domain": given, "data": load_domain(given).digest}
         self.row: Row = {"domain": name, "error": "did not run"}
         self.trials: list[Trial] = []

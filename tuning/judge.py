@@ -32,6 +32,7 @@ class Task:
     model: str
     domain: str
     prompt: PromptKind
+    crop: float
 
 
 def references(task: Task) -> dict[str, Scores]:
@@ -63,7 +64,7 @@ def _references(task: Task) -> dict[str, Scores]:
     found = {}
     for split in ("val", "test"):
         found[f"ellipse_{split}"] = baseline("ellipse", domain.split(split))
-        found[f"direct_{split}"] = evaluate(sam, domain.split(split), task.prompt)
+        found[f"direct_{split}"] = evaluate(sam, domain.split(split), task.prompt, crop=task.crop)
     return found
 
 
@@ -87,7 +88,7 @@ def _picture(task: Task, adapter: Files | None) -> bytes:
             sample = test[i]
             given = weak_labels(sample.masks, task.prompt, sample.key)
             row = [overlay(sample.image, sample.masks, boxes=given.boxes, points=given.points)]
-            row += [overlay(sample.image, predict(m, sample.image, given)[0]) for m in models.values()]
+            row += [overlay(sample.image, predict(m, sample.image, given, crop=task.crop)[0]) for m in models.values()]
             rows.append(row)
     out = io.BytesIO()
     sheet(rows, ["truth and prompts", *models]).save(out, "PNG")

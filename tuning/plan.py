@@ -43,12 +43,12 @@ DEMO: dict[str, Any] = {
 
 _KEYS = {
     "name": str, "domains": list, "model": str, "prompt": str, "trials": int, "steps": int, "workers": int,
-    "seed": int, "set": dict, "space": dict, "storage": str,
+    "seed": int, "set": dict, "space": dict, "storage": str, "crop": float,
 }  # fmt: skip
 WORD = r"[\w.-]{1,100}"
 """What names runs, registered models and folders."""
 
-_BUDGET = ("prompt", "seed", "steps", "eval_every", "max_instances", "optim.batch_size")
+_BUDGET = ("prompt", "crop", "seed", "steps", "eval_every", "max_instances", "optim.batch_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,11 +134,11 @@ def check(settings: Mapping[str, Any]) -> None:
         if key not in _KEYS:
             raise unknown("key", str(key), _KEYS)
         kind = _KEYS[key]
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
             raise InputError(f"{key} must be {_TYPES[kind]}, got {value!r}")
 
 
-_TYPES = {str: "a word", list: "a list", int: "a whole number", dict: "a mapping of hyperparameters"}
+_TYPES = {str: "a word", list: "a list", int: "a whole number", float: "a number", dict: "a mapping of hyperparameters"}
 
 
 def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
@@ -151,9 +151,8 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
         raise unknown("model", model, model_names())
     if prompt not in get_args(PromptKind):
         raise unknown("prompt", prompt, get_args(PromptKind))
-    base = preset(model if model in PRESETS else "paper").replace(
-        {"prompt": prompt, "seed": settings.get("seed", 0), **_steps(settings)}
-    )
+    chosen = {"prompt": prompt, **{k: settings[k] for k in ("seed", "steps", "crop") if k in settings}}
+    base = preset(model if model in PRESETS else "paper").replace(chosen)
     given = {str(path): value for path, value in settings.get("set", {}).items()}
     space, base = make_space(settings.get("space", {}), base.replace(given))
     changed = base.parse(assignments)
@@ -174,10 +173,6 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
         domains=domains, model=model, trials=settings.get("trials", 16), workers=workers,
         storage=_storage(settings.get("storage", "runs")), base=changed, space=fixed(space, paths),
     )  # fmt: skip
-
-
-def _steps(settings: Mapping[str, Any]) -> dict[str, Value]:
-    return {"steps": settings["steps"]} if "steps" in settings else {}
 
 
 def _check_method(base: Config, space: Space) -> None:

@@ -53,7 +53,7 @@ DEFAULT: Space = {
 }
 """The dice loss keeps its weight: Adam does not see a common factor of all weights, so one of them is the unit."""
 
-OF_THE_STUDY = ("prompt", "steps", "eval_every", "seed")
+OF_THE_STUDY = ("prompt", "crop", "steps", "eval_every", "seed")
 """Fields of Config that all trials share, or they could not be compared."""
 
 

@@ -28,8 +28,8 @@ def compare(
     """Test mIoU of the trivial drawings, of the unadapted model and of each method's best checkpoint on val.
 
     configs: by the name of the method; all with one kind of prompt and one crop. Returns, per method, mean and
-    standard deviation over the seeds and the list of all; and, where wesam and supervised are among them, the share of the gap between
-    Direct and Supervised that WeSAM closes.
+    standard deviation over the seeds and the list of all; and, where wesam and supervised are among them, the share of
+    the gap between Direct and Supervised that WeSAM closes.
     """
     test = domain.split("test")
     first = next(iter(configs.values()))

@@ -72,8 +72,8 @@ def predict(
 
     image: uint8 [3, H, W], RGB. prompts: N of them, in pixels of this image. crop: show the model, for each prompt,
     only a square window around it, whose side is this many longer sides of what the prompt spans; 0 shows the whole
-    image, None does as the model was adapted. Returns masks, bool [N, H, W], and the IoU that the model predicts for each,
-    float [N].
+    image, None does as the model was adapted. Returns masks, bool [N, H, W], and the IoU that the model predicts for
+    each, float [N].
     """
     sam = model if isinstance(model, Sam) else model.sam
     side: int = sam.image_encoder.img_size

@@ -12,11 +12,14 @@ from segment_anything.modeling import Sam
 
 from tests.conftest import first
 from wesam import losses as L
-from wesam.adapt import Report, adapt, draw, warmup
+from wesam.adapt import Report, adapt, draw, keep_best, warmup
+from wesam.adapters import AdaptedSam
 from wesam.anchor import Anchor
-from wesam.config import Config, preset
+from wesam.config import Config, PromptKind, preset
+from wesam.crops import WHOLE
 from wesam.data import Domain, load_domain
 from wesam.errors import InputError
+from wesam.evaluate import evaluate
 from wesam.methods import get_method
 from wesam.sam import load_sam
 from wesam.sam.promptable import decode, encode
@@ -130,14 +133,39 @@ def test_views_share_one_geometry_with_prompts_and_answers(sam: Sam) -> None:
 
 def test_answers_equal_those_of_the_anchor_itself(sam: Sam, camouflaged: Domain) -> None:
     anchor = Anchor(sam, camouflaged.split("train"), "box")
-    item, answer = anchor.prepared(0), anchor.answer(0, (True, False))
+    here = (0, WHOLE)
+    item, answer = anchor.prepared(here), anchor.answer(here, (True, False))
     with torch.no_grad():
         view = flip(item.image, True, False)
         embedding = encode(sam, [view])
         masks = decode(sam, embedding, [item.prompts.flipped(True, False, (view.shape[1], view.shape[2]))]).logits > 0
     assert torch.equal(answer.masks, masks)
     assert torch.allclose(answer.features, L.pooled(embedding, torch.zeros(len(masks)).long(), masks))
-    assert anchor.answer(0, (True, False)) is answer
+    assert anchor.answer(here, (True, False)) is answer
+
+
+@pytest.mark.parametrize("prompt", ["box", "point", "coarse"])
+def test_cropped_views_share_one_geometry_too(sam: Sam, prompt: PromptKind) -> None:
+    """The anchor's answers lie where the real masks are, in every flip of every window."""
+    anchor, method = Anchor(sam, load_domain("clean").split("train"), prompt, 2.5), get_method("supervised")
+    config = SHORT.replace({"max_instances": 50, "method": "supervised", "optim.batch_size": 4, "crop": 2.5})
+    agreements = []
+    for step in range(3):
+        batch = draw(anchor, config, step, method)
+        assert batch.truth is not None
+        assert len({*batch.image.tolist()}) == 4, "each window holds at least its own prompt"
+        agreements.append(1 - L.dice((batch.truth - 0.5).sign() * 50, batch.anchor_masks))
+    assert torch.cat(agreements).mean() > (0.5 if prompt == "point" else 0.7)
+
+
+def test_an_adapter_remembers_how_it_saw_the_prompts(sam: Sam, camouflaged: Domain, tmp_path: Path) -> None:
+    config = SHORT.replace({"crop": 2.0, "optim.lr": 1e-3})
+    best = keep_best(adapt(sam, camouflaged, config), tmp_path)
+    assert best.direct == evaluate(sam, camouflaged.split("val"), "box", crop=2.0)
+    model = AdaptedSam.load(sam, tmp_path)
+    assert model.crop == 2
+    assert evaluate(model, camouflaged.split("val"), "box") == best.val
+    assert evaluate(model, camouflaged.split("val"), "box", crop=0) != best.val
 
 
 def test_resumed_runs_go_on_bit_by_bit(sam: Sam, camouflaged: Domain, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def test_texts_are_parsed_by_the_fields_type() -> None:
         ("optim.lr=nan", "lr must lie in"),
         ("lora.targets=qkw", "unknown targets 'qkw': did you mean 'qkv'"),
         ("teacher.cut_to_box=1", "cut_to_box must be true or false"),
+        ("crop=0.5", "crop must be 0"),
         ("teacher.decay=1.5", r"decay must lie in \[0, 1\]"),
     ],
 )

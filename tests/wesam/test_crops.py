@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import torch
+from segment_anything.modeling import Sam
+
+from wesam.crops import cut, inside, windows
+from wesam.data import load_domain
+from wesam.evaluate import baseline, evaluate, predict
+from wesam.prompts import Prompts, weak_labels
+
+
+def test_windows_by_hand() -> None:
+    boxes = torch.tensor([[100.0, 100, 140, 120], [0, 0, 40, 40], [290, 195, 300, 200], [0, 50, 300, 60]])
+    found = windows(Prompts(boxes=boxes), (200, 300), 2.0).tolist()
+    assert found[0] == [80, 70, 160, 150], "twice the longer side, around the middle"
+    assert found[1] == [0, 0, 80, 80], "moved into the image"
+    assert found[2] == [268, 168, 300, 200], "never smaller than 32"
+    assert found[3] == [0, 0, 300, 200], "no larger than the image"
+
+
+def test_a_click_beside_the_window_is_none_and_prompts_inside_are_found() -> None:
+    points = torch.tensor([[[50.0, 50], [52, 54], [10, 10]], [[150, 20], [170, 60], [55, 55]]])
+    labels = torch.tensor([[1, 1, 0], [1, 1, 0]])
+    prompts = Prompts(points=points, point_labels=labels)
+    window = windows(prompts, (200, 200), 2.0)[0]
+    assert window.tolist() == [35, 36, 67, 68]
+    assert inside(prompts, window).tolist() == [0]
+    seen = prompts[torch.tensor([0])].seen_in(window)
+    assert seen.points is not None
+    assert seen.point_labels is not None
+    assert seen.points[0, 0].tolist() == [15, 14]
+    assert seen.point_labels.tolist() == [[1, 1, -1]]
+
+
+def test_a_mask_is_put_back_where_its_window_is(sam: Sam) -> None:
+    """Seen in a window, the object is segmented as in the window alone, and nothing outside of it."""
+    sample = load_domain("clean").split("val")[1]
+    prompts = weak_labels(sample.masks, "coarse", sample.key)
+    masks, iou = predict(sam, sample.image, prompts, crop=2.0)
+    assert iou.shape == (len(prompts),)
+    for i, window in enumerate(windows(prompts, (sample.image.shape[1], sample.image.shape[2]), 2.0)):
+        alone, _ = predict(sam, cut(sample.image, window), prompts[torch.tensor([i])].seen_in(window))
+        assert (cut(masks[i], window) != alone[0]).float().mean() < 1e-3
+        assert cut(masks[i], window).sum() == masks[i].sum()
+
+
+def test_windows_help_where_instances_are_small(sam: Sam) -> None:
+    split = load_domain("clean").split("test")[:8]
+    cropped = evaluate(sam, split, "box", crop=2.0).miou
+    assert cropped > evaluate(sam, split, "box").miou
+    assert cropped > baseline("ellipse", split).miou + 0.1
