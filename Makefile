@@ -23,8 +23,8 @@ lint: install  ## ruff and mypy
 test: lint  ## lint, and every test that is not slow
 	$(BIN)/python -m pytest
 
-test-slow: install  ## the tests marked slow
-	$(BIN)/python -m pytest -m slow
+test-slow: install  ## the tests marked slow, two at a time
+	$(BIN)/python -m pytest -m slow -n 2
 
 clean:  ## all that the commands above made
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
