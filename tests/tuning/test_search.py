@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from tuning.plan import REFERENCES, Plan, make_plan
-from tuning.search import Halving, Search
+from tuning.search import Halving, Search, draw
+from tuning.space import Axis
 
 
 @pytest.fixture
@@ -36,6 +38,33 @@ def test_the_references_come_first_and_then_points_of_the_space(plan: Plan) -> N
     assert all(plan.space[p].holds(v) for p, v in proposal["point"].items())
 
 
+def test_the_search_begins_around_the_defaults(plan: Plan) -> None:
+    search, defaults = Search(plan, ()), plan.point("defaults")
+    assert defaults is not None
+    shares = []
+    for i in range(4):
+        proposal = search.suggest(str(i))
+        assert proposal is not None
+        point = proposal["point"]
+        assert set(point) == set(plan.space)
+        assert all(plan.space[p].holds(v) for p, v in point.items())
+        shares.append(sum(point[p] == v for p, v in defaults.items()) / len(defaults))
+        search.on_trial_complete(str(i), result(0.5, 8))
+    assert 0.3 < sum(shares) / 4 < 0.85
+    learned = search.suggest("tpe")
+    assert learned is not None
+    assert set(learned["point"]) == set(plan.space)
+
+
+def test_draws_fill_an_axis_to_its_ends() -> None:
+    generator = random.Random(0)
+    drawn = [draw(Axis(type="int", low=1, high=4, log=True), generator) for _ in range(200)]
+    assert set(drawn) == {1, 2, 3, 4}
+    found = [draw(Axis(type="float", low=1e-4, high=1.0, log=True), generator) for _ in range(400)]
+    assert 0.4 < sum(v < 1e-2 for v in found) / 400 < 0.6, "half of the draws in half of the decades"
+    assert {draw(Axis(type="categorical", choices=(False, True)), generator) for _ in range(20)} == {False, True}
+
+
 def test_a_seed_decides_the_proposals_and_a_resumed_study_makes_others(plan: Plan) -> None:
     tried = plan.point("paper")
     assert tried is not None
@@ -52,7 +81,7 @@ def test_a_trial_without_any_result_does_no_harm(plan: Plan) -> None:
     assert search.suggest("b")
 
 
-def test_what_is_behind_is_stopped_but_never_the_papers_trial(plan: Plan) -> None:
+def test_what_is_behind_is_stopped_but_never_a_reference_nor_before_it_has_warmed_up(plan: Plan) -> None:
     halving = Halving(plan)
 
     def trial(name: str, config: dict[str, Any]) -> Any:
@@ -61,9 +90,10 @@ def test_what_is_behind_is_stopped_but_never_the_papers_trial(plan: Plan) -> Non
         return made
 
     good = trial("good", {"point": {}})
-    assert halving.on_trial_result(None, good, result(0.9, 2)) == TrialScheduler.CONTINUE
+    assert halving.on_trial_result(None, good, result(0.9, 4)) == TrialScheduler.CONTINUE
     paper, bad = trial("paper", {"reference": "paper"}), trial("bad", {"point": {}})
-    assert halving.on_trial_result(None, paper, result(0.1, 2)) == TrialScheduler.CONTINUE
-    assert halving.on_trial_result(None, bad, result(0.1, 2)) == TrialScheduler.STOP
+    assert halving.on_trial_result(None, paper, result(0.1, 4)) == TrialScheduler.CONTINUE
+    assert halving.on_trial_result(None, bad, result(0.1, 2)) == TrialScheduler.CONTINUE
+    assert halving.on_trial_result(None, bad, result(0.1, 4)) == TrialScheduler.STOP
     assert halving.stopped == {"bad"}
     assert halving.on_trial_result(None, good, result(0.1, 8)) == TrialScheduler.CONTINUE
