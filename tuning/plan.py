@@ -36,10 +36,10 @@ DEMO: dict[str, Any] = {
     "domains": ["camouflaged", "medical", "corrupted"],
     "prompt": "box",
     "trials": 8,
-    "steps": 40,
-    "set": {"eval_every": 10, "optim.batch_size": 2},
+    "steps": 36,
+    "set": {"eval_every": 9, "optim.batch_size": 2},
 }
-"""The study of ``--demo``: five to eight minutes on two cores."""
+"""The study of ``--demo``: about eight minutes on two cores."""
 
 _KEYS = {
     "name": str, "domains": list, "model": str, "prompt": str, "trials": int, "steps": int, "workers": int,
