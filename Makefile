@@ -26,5 +26,5 @@ test: lint  ## lint, and every test that is not slow
 test-slow: install  ## the tests marked slow, two at a time
 	$(BIN)/python -m pytest -m slow -n 2
 
-clean:  ## all that the commands above made
+clean:  ## the environment and what tools have cached; studies (runs, mlflow.db, mlartifacts) stay
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from tuning.plan import COLUMNS, DEMO, check, make_plan, read_study
 from wesam.config import PromptKind
-from wesam.console import Parser, guarded, program, table, write_json
+from wesam.console import Parser, guarded, json_file, program, table, write_json
 from wesam.data import domain_names
 from wesam.errors import InputError
 from wesam.sam import model_names
@@ -89,7 +89,7 @@ def _parser() -> Parser:
 
 
 def _json(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
+    p.add_argument("--json", type=json_file, metavar="FILE", help="write the result here too")
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -110,6 +110,8 @@ class DomainSearch(threading.Thread):
             _tuner(setting, self.name, len(left), c.side_by_side, search, halving, listener).fit()
             c.tracker.flush()
         self.trials = trials(c.tracker, run.id)
+        if not self.trials:
+            raise RuntimeError("no trial has come to a result; what ended each of them is in the lines above")
 
     def _conclude(self, run: Run, found: dict[str, Scores]) -> Row:
         c, plan = self._c, self._c.plan
@@ -137,14 +139,17 @@ class DomainSearch(threading.Thread):
         }  # fmt: skip
         run.log({f"{k}_test_miou": row[k] for k in ("paper", "best") if row[k] is not None})
         run.log({f"{k}_val_miou": row["val"][k] for k in ("paper", "best") if row["val"][k] is not None})
+        failed = plan.trials - len(self.trials)
+        lost = f"; {failed} of {plan.trials} trials failed" if failed else ""
         if winner is None:
-            row["outcome"] = "nothing beat Direct on val: use the model as it is; no adapter registered"
+            row["outcome"] = "nothing beat Direct on val: use the model as it is; no adapter registered" + lost
             return row
         tags = {
             **self._tags, "study": plan.name, "val_miou": f"{winner.best:.6f}",
             "test_miou": f"{test.miou:.6f}", "direct_test_miou": f"{row['direct']:.6f}",
         }  # fmt: skip
-        row["version"], row["outcome"] = registry.promote(c.tracker, self.name, winner.run_id, tags)
+        row["version"], outcome = registry.promote(c.tracker, self.name, winner.run_id, tags)
+        row["outcome"] = outcome + lost
         return row
 
 

@@ -107,10 +107,10 @@ class Listener(tune.Callback):
             return
         pruned = trial.trial_id in self._halving.stopped
         checkpoint = self._checkpoint(trial, seen)
-        seen.run.attach(lambda: _adapter(checkpoint), "adapter")
+        kept = seen.run.attach(lambda: _adapter(checkpoint), "adapter")
         ended = "pruned" if pruned else "diverged" if seen.step < self._plan.base.steps else "finished"
         tags = {"pruned": str(pruned).lower(), "ended": ended}
-        seen.run.log({"best_step": seen.best_step}, step=seen.step, tags=tags)
+        seen.run.log({"best_step": seen.best_step}, step=seen.step, tags=tags, after=kept)
         better = "  best so far" if seen.best > self._best else ""
         self._best = max(self._best, seen.best)
         where = "" if ended == "finished" else f"  {ended} at step {seen.step}"

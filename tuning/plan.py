@@ -13,7 +13,7 @@ import yaml
 
 from tuning.space import Axis, Space, fixed, make_space
 from wesam.config import PRESETS, Config, PromptKind, Value, preset
-from wesam.data import Domain, load_domain
+from wesam.data import Domain, domain_names, load_domain
 from wesam.errors import InputError, unknown
 from wesam.methods import get_method
 from wesam.sam import model_names
@@ -48,6 +48,7 @@ _KEYS = {
 WORD = r"[\w.-]{1,100}"
 """What names runs, registered models and folders."""
 
+_OPTIONS = ("prompt", "crop", "seed")
 _BUDGET = ("prompt", "crop", "seed", "steps", "eval_every", "max_instances", "optim.batch_size")
 
 
@@ -154,19 +155,24 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
     chosen = {"prompt": prompt, **{k: settings[k] for k in ("seed", "steps", "crop") if k in settings}}
     base = preset(model if model in PRESETS else "paper").replace(chosen)
     given = {str(path): value for path, value in settings.get("set", {}).items()}
+    for path in (*given, *(a.partition("=")[0] for a in assignments)):
+        if path in _OPTIONS:
+            raise InputError(f"{path} has an option of its own: --{path}, or {path}: in a study's file")
     space, base = make_space(settings.get("space", {}), base.replace(given))
     changed = base.parse(assignments)
     paths = dict.fromkeys([*given, *(a.partition("=")[0] for a in assignments)], 0)
     if settings.get("steps") and "eval_every" not in paths:
         changed = changed.replace({"eval_every": min(changed.eval_every, max(1, changed.steps // 4))})
     _check_method(changed, fixed(space, paths))
+    if not fixed(space, paths) and settings.get("trials", 16) > len(REFERENCES):
+        raise InputError("nothing is left to search: every hyperparameter has been given a value")
     for key in ("trials", "workers"):
         if settings.get(key, 1) < 1:
             raise InputError(f"{key} must be at least 1, got {settings[key]}")
     workers = settings.get("workers", 1)
     if changed.optim.batch_size < workers:
         raise InputError(f"{workers} workers share {changed.optim.batch_size} images a step: raise optim.batch_size")
-    domains = tuple(str(d) for d in settings.get("domains", ()))
+    domains = tuple(_place(str(d)) for d in settings.get("domains", ()))
     names = [d.name for d in _load(domains)]
     return Plan(
         name=_name(settings.get("name") or f"{'-'.join(names)}-{prompt}"),
@@ -181,6 +187,11 @@ def _check_method(base: Config, space: Space) -> None:
     for path in ("loss.tightness", "teacher.cut_to_box"):
         if base.prompt != "box" and (path in space or base.flat()[path]):
             raise InputError(f"{path} needs the given boxes: use --prompt box")
+
+
+def _place(domain: str) -> str:
+    """A folder's full path, so that the study can be resumed from anywhere; a name as it is."""
+    return domain if domain in domain_names() or not Path(domain).is_dir() else str(Path(domain).absolute())
 
 
 def _load(domains: tuple[str, ...]) -> list[Domain]:

@@ -47,13 +47,14 @@ def promote(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str])
     before = champion(tracker, domain)
     version = tracker.later(register).result()
     val = float(tags["val_miou"])
-    if before and before.tags.get("data") == tags["data"] and float(before.tags["val_miou"]) >= val:
+    changed = [k for k in ("data", "prompt", "model") if before and before.tags.get(k) != tags.get(k)]
+    if before and not changed and float(before.tags["val_miou"]) >= val:
         kept = float(before.tags["val_miou"])
         return version, f"registered; champion stays version {before.version} (val {kept:.3f}, this one {val:.3f})"
     tracker.later(lambda: client.set_registered_model_alias(name, ALIAS, str(version))).result()
     if before is None:
         return version, "registered as champion"
-    why = "the data has changed" if before.tags.get("data") != tags["data"] else f"val {before.tags['val_miou']}"
+    why = f"its {' and '.join(changed)} differed" if changed else f"val {before.tags['val_miou']}"
     return version, f"registered as champion in place of version {before.version} ({why})"
 
 

@@ -32,7 +32,7 @@ class Search(OptunaSearch):
         self, plan: Plan, references: Sequence[str], known: Sequence[tuple[Mapping[str, Value], float]] = ()
     ) -> None:
         """references: those still to be run. known: points that have been tried already, with their scores."""
-        seed = plan.base.seed + 1_000_003 * len(known)  # a resumed study must not repeat its proposals
+        seed = (plan.base.seed + 1_000_003 * len(known)) % 2**32  # a resumed study must not repeat its proposals
         start = min(10, max(4, plan.trials // 2))
         sampler = TPESampler(
             seed=seed,

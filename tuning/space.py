@@ -90,13 +90,15 @@ def _axis(path: str, given: Mapping[str, Any], before: Axis | None, base: Config
     for name in given:
         if name not in names:
             raise unknown(f"key in {where}", str(name), names)
-    merged: dict[str, Any] = {}
-    if before is not None and given.get("type", before.type) == before.type:
-        merged = {n: getattr(before, n) for n in names}
-    merged |= given
-    kind: Any = merged.get("type", "categorical" if "choices" in given else None)
+    kind: Any = given.get("type", "categorical" if "choices" in given else before.type if before else None)
     if kind not in get_args(Kind):
         raise InputError(f"{where}: type must be float, int or categorical, got {kind!r}")
+    foreign = ("low", "high", "log") if kind == "categorical" else ("choices",)
+    for name in given:
+        if name in foreign:
+            raise InputError(f"{where}: a {kind} has no {name}; give its type: too, to change what kind of axis it is")
+    merged = {n: getattr(before, n) for n in names} if before is not None and before.type == kind else {}
+    merged |= given
     if kind == "categorical":
         return _categorical(where, path, merged, base)
     return _range(where, path, kind, merged, base)

@@ -58,6 +58,10 @@ def resume_study(name: str, tracker: Tracker) -> dict[str, Any]:
         raise InputError(f"the study {name!r} is finished: python -m tuning report {name} --out DIR shows it")
     plan = Plan.from_json(tracker.files(stored.info.run_id, "")[PLAN].decode())
     domains = {r.data.tags["wesam.name"]: r for r in tracker.find("domain", parent=stored.info.run_id)}
+    for given in plan.domains:
+        now = load_domain(given)
+        if now.name in domains and domains[now.name].data.tags["data"] != now.digest:
+            raise InputError(f"the data of {now.name!r} has changed since the study began: start a new study")
     runtime.start()
     return _study(plan, tracker, tracker.reopen(stored), runtime.slots(plan.workers), domains)
 
@@ -102,8 +106,8 @@ def _study(plan: Plan, tracker: Tracker, run: Run, slots: int, before: dict[str,
             deadline = time.monotonic() + PATIENCE
             for search in searches:
                 search.join(timeout=max(0.0, deadline - time.monotonic()))
+            runtime.stop()  # before the last records, which a server that is away can hold up
             tracker.close("KILLED")
-            runtime.stop()
             raise
     rows = [s.row for s in searches]
     gaps = [t.gap for s in searches for t in s.trials if t.gap is not None]

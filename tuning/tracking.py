@@ -36,6 +36,9 @@ PARENT = "mlflow.parentRunId"
 PATIENCE = 5.0
 """Seconds between two attempts to reach a server that does not answer."""
 
+TRIES = 4
+"""Attempts to store artifacts; what else than a server that is away hinders it, nobody knows."""
+
 
 class Tracker:
     """A tracking server or database, and the one thread that writes to it."""
@@ -126,12 +129,15 @@ class Tracker:
             return was_open
 
     def _until_done(self, write: Callable[[], T]) -> T:
-        told = False
+        told, tries = False, 0
         while True:
             try:
                 return write()
-            except MlflowException as e:
-                if not _unreachable(e) or self._hurry.is_set():
+            except Exception as e:  # a store of artifacts has exceptions of its own
+                tries += 1
+                refused = isinstance(e, MlflowException) and not _unreachable(e)
+                failing = not isinstance(e, MlflowException) and tries >= TRIES
+                if refused or failing or self._hurry.is_set():
                     print(f"MLflow has not taken a record: {_first_line(e)}", file=sys.stderr)
                     raise
                 if not told:
@@ -158,15 +164,21 @@ class Run:
         step: int = 0,
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, str] | None = None,
+        after: Future[None] | None = None,
     ) -> None:
-        """Metrics at a step, parameters, tags."""
+        """Metrics at a step, parameters, tags; after: something that must have been written, or this is not, either."""
         now = int(time.time() * 1000)
         m = [Metric(k, float(v), now, step) for k, v in (metrics or {}).items()]
         p = [Param(k, str(v)) for k, v in (params or {}).items()]
         t = [RunTag(k, str(v)) for k, v in (tags or {}).items()]
-        self._tracker.later(lambda: self._tracker.client.log_batch(self.id, m, p, t))
 
-    def attach(self, files: Callable[[], Mapping[str, bytes]], folder: str | None = None) -> None:
+        def write() -> None:
+            if after is None or after.exception() is None:  # one thread writes: it is done by now
+                self._tracker.client.log_batch(self.id, m, p, t)
+
+        self._tracker.later(write)
+
+    def attach(self, files: Callable[[], Mapping[str, bytes]], folder: str | None = None) -> Future[None]:
         """Files among the run's artifacts, in this folder of them; the function is called when it is time to write."""
 
         def write() -> None:
@@ -175,7 +187,7 @@ class Run:
                     (Path(local) / name).write_bytes(contents)
                 self._tracker.client.log_artifacts(self.id, local, folder)
 
-        self._tracker.later(write)
+        return self._tracker.later(write)
 
     def close(self, status: Status = "FINISHED") -> None:
         """Ends the run, once."""

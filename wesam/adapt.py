@@ -79,7 +79,7 @@ def adapt(
     val = domain.split("val")
 
     def scores() -> Scores:
-        return _gathered(measure(model, val[rank::world], config.prompt), len(val))
+        return _gathered(measure(model, val if world == 1 else val[rank::world], config.prompt), len(val))
 
     done = _restore(resume, model, optimizer) if resume else 0
     if done == 0:

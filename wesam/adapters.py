@@ -71,7 +71,10 @@ class AdaptedSam:
                 t.lerp_(s, 1 - decay)
 
     def merged(self) -> Sam:
-        """A plain SAM with the student's matrices added to its weights: what inference costs is unchanged."""
+        """A plain SAM with the student's matrices added to its weights: what inference costs is unchanged.
+
+        A plain SAM knows of no crop: give :func:`wesam.predict` this model's.
+        """
         return cast(Sam, copy.deepcopy(self._peft).merge_and_unload())
 
     def save(self, directory: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -12,15 +13,16 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from segment_anything.modeling import Sam
 
 from wesam.adapt import Report, adapt, keep_best
 from wesam.adapters import AdaptedSam
 from wesam.compare import compare
 from wesam.config import PRESETS, Config, PromptKind, method_preset, preset
-from wesam.console import Parser, guarded, table, write_json
+from wesam.console import Parser, guarded, json_file, table, write_json
 from wesam.data import SPLITS, domain_names, load_domain
+from wesam.data.coco import read_image
 from wesam.errors import InputError
 from wesam.evaluate import baseline, evaluate, predict
 from wesam.methods import METHODS, get_method
@@ -63,7 +65,7 @@ def _parser() -> Parser:
         )  # fmt: skip
 
     def result(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--json", type=Path, metavar="FILE", help="write the result here too")
+        p.add_argument("--json", type=json_file, metavar="FILE", help="write the result here too")
 
     result(command("models", _models, "List the models."))
     result(command("domains", _domains, "List the built-in domains."))
@@ -82,7 +84,7 @@ def _parser() -> Parser:
     p = command("adapt", _adapt, "Adapt a model to a domain; keep the adapter that is best on val.")
     data(p)
     model(p)
-    p.add_argument("--method", default="wesam", help=f"one of {', '.join(METHODS)} (default: wesam)")
+    p.add_argument("--method", help=f"one of {', '.join(METHODS)} (default: the preset's, else wesam)")
     crop(p, "default: the preset's")
     p.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: the model's own)")
     p.add_argument("--steps", type=int, help="optimisation steps")
@@ -143,13 +145,15 @@ def _evaluate(args: argparse.Namespace) -> None:
     domain = load_domain(args.domain)
     split = domain.split(args.split)
     if args.baseline:
-        scores, name = baseline(args.baseline, split), f"{args.baseline} (no model)"
+        scores, name, crop = baseline(args.baseline, split), f"{args.baseline} (no model)", None
     else:
         model, name = _model(args), args.model
+        crop = args.crop if args.crop is not None else getattr(model, "crop", 0.0)
         scores = evaluate(model, split, args.prompt, crop=args.crop, progress=_progress("evaluating"))
     row = {
         "domain": domain.name, "model": name, "adapter": str(args.adapter) if args.adapter else None,
         "prompt": args.prompt, "split": args.split, **dataclasses.asdict(scores),
+        **({"crop": crop} if crop else {}),
     }  # fmt: skip
     print(table([row]))
     write_json(args.json, row)
@@ -157,11 +161,12 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _adapt(args: argparse.Namespace) -> None:
     sam, domain = load_sam(args.model), load_domain(args.domain)
-    get_method(args.method)
-    changes = {"method": args.method, "prompt": args.prompt, "seed": args.seed}
+    start = preset(args.preset) if args.preset else method_preset(args.model, args.method or "wesam")
+    method = args.method or start.method
+    get_method(method)
+    changes = {"method": method, "prompt": args.prompt, "seed": args.seed}
     changes |= {k: v for k in ("steps", "crop") if (v := getattr(args, k)) is not None}
-    start = preset(args.preset) if args.preset else method_preset(args.model, args.method)
-    config = start.replace(changes).parse(args.set)
+    config = start.replace(changes).parse(_set(args))
     _writable(args.out)
     curve: list[dict[str, float]] = []
     began = time.monotonic()
@@ -178,7 +183,7 @@ def _adapt(args: argparse.Namespace) -> None:
 
     best = keep_best(adapt(sam, domain, config), args.out, watch=watch)
     row = {
-        "domain": domain.name, "model": args.model, "method": args.method, "prompt": args.prompt,
+        "domain": domain.name, "model": args.model, "method": method, "prompt": args.prompt, "crop": config.crop,
         "direct": best.direct.miou, "best": best.val.miou, "step": best.step, "adapter": str(args.out),
     }  # fmt: skip
     print(table([row]))
@@ -193,9 +198,9 @@ def _compare(args: argparse.Namespace) -> None:
     if args.seeds < 1:
         raise InputError(f"--seeds must be at least 1, got {args.seeds}")
     changes = {"prompt": args.prompt} | ({} if args.crop is None else {"crop": args.crop})
-    configs = {m: method_preset(args.model, m).replace(changes).parse(args.set) for m in args.methods}
+    configs = {m: method_preset(args.model, m).replace(changes).parse(_set(args)) for m in args.methods}
     row = {
-        "domain": domain.name, "model": args.model, "prompt": args.prompt,
+        "domain": domain.name, "model": args.model, "prompt": args.prompt, "crop": next(iter(configs.values())).crop,
         **compare(sam, domain, configs, range(args.seeds), watch=lambda text: print(text, flush=True)),
     }  # fmt: skip
     print(table([{k: v for k, v in row.items() if not isinstance(v, list)}]))
@@ -204,11 +209,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _predict(args: argparse.Namespace) -> None:
     model = _model(args)
-    try:
-        with Image.open(args.image) as opened:
-            image = torch.from_numpy(np.array(opened.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, UnidentifiedImageError) as e:
-        raise InputError(f"cannot read the image {args.image}: {e}") from None
+    image = torch.from_numpy(read_image(args.image).copy()).permute(2, 0, 1)
     prompts = _box(args.box) if args.box else _points(args.point)
     masks, iou = predict(model, image, prompts, crop=args.crop)
     _save(Image.fromarray(masks[0].numpy().astype(np.uint8) * 255), args.out)
@@ -229,9 +230,17 @@ def _numbers(text: str, what: str, counts: tuple[int, ...]) -> list[float]:
         values = [float(v) for v in text.split(",")]
     except ValueError:
         values = []
-    if len(values) not in counts:
+    if len(values) not in counts or not all(map(math.isfinite, values)):
         raise InputError(f"expected {what}, got {text!r}")
     return values
+
+
+def _set(args: argparse.Namespace) -> list[str]:
+    """The assignments of ``--set``, none of which may be of a field that has an option."""
+    for text in args.set:
+        if (path := text.partition("=")[0]) in ("method", "prompt", "seed", "crop"):
+            raise InputError(f"--set {text}: {path} is not a hyperparameter here; use --{path} (or --methods, --seeds)")
+    return list(args.set)
 
 
 def _crop(text: str) -> float:
@@ -250,10 +259,10 @@ def _box(text: str) -> Prompts:
 
 def _points(texts: list[str]) -> Prompts:
     clicks = [_numbers(t, "a click x,y or x,y,0 or x,y,1", (2, 3)) for t in texts]
-    labels = [int(c[2]) if len(c) == 3 else 1 for c in clicks]
+    labels = [c[2] if len(c) == 3 else 1 for c in clicks]
     if not set(labels) <= {0, 1} or 1 not in labels:
         raise InputError("clicks are labelled 1 (on the object) or 0 (beside it), at least one with 1")
-    return Prompts(points=torch.tensor([[c[:2] for c in clicks]]), point_labels=torch.tensor([labels]))
+    return Prompts(points=torch.tensor([[c[:2] for c in clicks]]), point_labels=torch.tensor([labels]).int())
 
 
 def _save(picture: Image.Image, path: Path) -> None:

@@ -120,7 +120,7 @@ class Config(_Checked):
     steps: int = _hp(1000, "optimisation steps", 1)
     eval_every: int = _hp(100, "steps between two evaluations on val", 1)
     max_instances: int = _hp(50, "instances of an image used in one step; more are drawn at random", 1)
-    seed: int = _hp(0, "seed of all that is random in the run", 0)
+    seed: int = _hp(0, "seed of all that is random in the run", 0, 2**32 - 1)
     lora: LoraConfig = field(default_factory=LoraConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

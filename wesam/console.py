@@ -41,6 +41,14 @@ def guarded(run: Callable[[], None]) -> int:
     return 0
 
 
+def json_file(text: str) -> Path:
+    """What ``--json`` is given: a file in a folder that is there, or a result would be lost after hours."""
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder, or in one that is not there")
+    return path
+
+
 def write_json(path: Path | None, result: Any) -> None:
     """Writes a result where ``--json`` says, if it says."""
     if path is None:

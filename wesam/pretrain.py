@@ -101,7 +101,7 @@ def fewer_clicks(rng: np.random.Generator, prompts: Prompts) -> Prompts:
 
 
 def mask_loss(logits: Tensor, iou: Tensor, truth: Tensor, balance: float) -> Tensor:
-    """20 focal + dice + squared error of the IoU head, and a class-balanced cross-entropy of weight ``balance``.
+    """10 focal + dice + squared error of the IoU head, and a class-balanced cross-entropy of weight ``balance``.
 
     logits, truth: [N, m, m], truth in 0..1 (the covered share of each cell). The balanced term averages inside, near
     and far background apart: without it a new model stays at empty masks.

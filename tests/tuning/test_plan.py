@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tuning.plan import DEMO, Plan, make_plan, read_study
-from tuning.space import DEFAULT
+from tuning.space import DEFAULT, Axis
 from wesam.config import Config, preset
 from wesam.errors import InputError
 
@@ -31,6 +31,24 @@ def test_every_axis_is_a_hyperparameter_and_holds_the_papers_value() -> None:
 def test_a_plan_is_the_same_after_its_json() -> None:
     first = plan(space={"lora.rank": {"choices": [2, 4]}, "views.strength": 0.5}, seed=3)
     assert Plan.from_json(first.to_json()) == first
+
+
+def test_the_kind_of_an_axis_can_be_changed() -> None:
+    space = plan(space={"lora.rank": {"choices": [2, 4]}}).space
+    assert space["lora.rank"] == Axis(type="categorical", choices=(2, 4))
+    space = plan(space={"teacher.decay": {"type": "float", "low": 0.9, "high": 0.99}}).space
+    assert (space["teacher.decay"].type, space["teacher.decay"].low) == ("float", 0.9)
+    assert plan(space={"lora.rank": {"high": 8}}).space["lora.rank"] == Axis(type="int", low=2, high=8, log=True)
+    with pytest.raises(InputError, match="a categorical has no low"):
+        plan(space={"teacher.decay": {"low": 0.9}})
+
+
+def test_what_has_an_option_is_given_by_it() -> None:
+    assert plan(crop=2).base.crop == 2
+    with pytest.raises(InputError, match="--crop, or crop: in a study's file"):
+        plan(["crop=2"])
+    with pytest.raises(InputError, match="nothing is left to search"):
+        plan(set={path: value for path, value in Config().flat().items() if path in DEFAULT})
 
 
 def test_the_demo_can_be_made() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,29 @@ def test_trials_of_one_worker_share_their_actors(small: Path, tmp_path: Path, tr
 
 
 def test_trials_of_two_workers(small: Path, tmp_path: Path, tracker: Tracker) -> None:
-    check(new_study(make(small, tmp_path, workers=2), tracker), tracker, small, tmp_path)
+    """With windows around the prompts, which the fetched adapter must remember to score again what was logged."""
+    check(new_study(make(small, tmp_path, workers=2, crop=3.0), tracker), tracker, small, tmp_path)
+    assert tracker.find("trial")[0].data.params["crop"] == "3.0"
+
+
+def test_when_every_trial_fails_the_domain_has_failed_and_changed_data_are_not_gone_on_with(
+    small: Path, tmp_path: Path, tracker: Tracker, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(small, broken)
+    for file in broken.glob("train-*.png"):
+        file.write_bytes(b"no image")
+    plan = make_plan({"name": "s", "domains": [str(broken)], "trials": 2, "storage": str(tmp_path / "runs")}, [])
+    (row,) = new_study(plan, tracker)["domains"]
+    assert "no trial has come to a result" in row["error"]
+    assert "cannot read the image" in capsys.readouterr().out
+    assert {r.info.status for r in tracker.find("domain")} == {"FAILED"}
+    assert {r.info.status for r in tracker.find("trial")} == {"FAILED"}
+
+    (broken / "val.json").write_text((broken / "val.json").read_text() + " ")
+    load_domain.cache_clear()
+    with pytest.raises(InputError, match="'broken' has changed since the study began"):
+        resume_study("s", tracker)
 
 
 def test_when_nothing_beats_direct_nothing_is_registered(small: Path, tmp_path: Path, tracker: Tracker) -> None:

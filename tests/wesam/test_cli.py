@@ -73,6 +73,13 @@ def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
         ("predict --image {tmp}/i.png --box 5,5,5,9 --out {tmp}/m.png", "is empty"),
         ("predict --image {tmp}/i.png --point 5,5,0 --out {tmp}/m.png", "at least one with 1"),
         ("predict --image {tmp}/i.png --point 5,5 --out {tmp}/none/m.png", "cannot write"),
+        ("predict --image {tmp}/i.png --point 5,nan --out {tmp}/m.png", "expected a click"),
+        ("predict --image {tmp}/i.png --point 5,5,0.5 --out {tmp}/m.png", "labelled 1"),
+        ("predict --image {tmp}/deep.png --box 1,2,3,4 --out {tmp}/m.png", "more than 8 bits"),
+        ("predict --image {tmp}/i.png --box 1,2,3,4 --crop 0.5 --out {tmp}/m.png", "crop must be 0"),
+        ("evaluate --domain clean --json {tmp}/none/r.json", "in one that is not there"),
+        ("adapt --domain clean --out {tmp}/a --set crop=2", "use --crop"),
+        ("adapt --domain clean --out {tmp}/a --seed 4294967296", "seed must lie in"),
         ("", "COMMAND"),
     ],
 )
@@ -81,6 +88,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ) -> None:
     (tmp_path / "file").touch()
     Image.new("RGB", (20, 20)).save(tmp_path / "i.png")
+    Image.new("I;16", (20, 20)).save(tmp_path / "deep.png")
     try:
         code = main(arguments.format(tmp=tmp_path).split())
     except SystemExit as e:

@@ -18,6 +18,13 @@ def test_windows_by_hand() -> None:
     assert found[3] == [0, 0, 300, 200], "no larger than the image"
 
 
+def test_a_single_click_shows_the_whole_image() -> None:
+    one = Prompts(points=torch.tensor([[[50.0, 60], [10, 10]]]), point_labels=torch.tensor([[1, 0]]))
+    none = Prompts(points=torch.tensor([[[50.0, 60]]]), point_labels=torch.tensor([[0]]))
+    for prompts in (one, none):
+        assert windows(prompts, (100, 200), 2.0).tolist() == [[0, 0, 200, 100]]
+
+
 def test_a_click_beside_the_window_is_none_and_prompts_inside_are_found() -> None:
     points = torch.tensor([[[50.0, 50], [52, 54], [10, 10]], [[150, 20], [170, 60], [55, 55]]])
     labels = torch.tensor([[1, 1, 0], [1, 1, 0]])

@@ -23,6 +23,8 @@ def load_domain(name: str) -> Domain:
     A process loads a domain once. Raises InputError for an unknown name and for a folder that is no domain.
     """
     if name in NOTES:
+        if (Path(name) / "train.json").is_file():
+            raise InputError(f"{name!r} is a built-in domain and a folder here: write ./{name} for the folder")
         return procedural(name)
     folder = Path(name)
     if folder.is_dir():

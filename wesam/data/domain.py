@@ -61,7 +61,7 @@ class Domain:
     name: str
     splits: dict[str, Split]
     digest: str
-    """Hexadecimal digest of all that decides the data."""
+    """Hexadecimal digest of the data; for a folder, of its annotations and of its images' sizes in bytes."""
     note: str = ""
     """One line of description, with the licence where there is one."""
 
