@@ -36,8 +36,8 @@ DEMO: dict[str, Any] = {
     "domains": ["camouflaged", "medical", "corrupted"],
     "prompt": "box",
     "trials": 8,
-    "steps": 36,
-    "set": {"eval_every": 9, "optim.batch_size": 2},
+    "steps": 32,
+    "set": {"eval_every": 8, "optim.batch_size": 2},
 }
 """The study of ``--demo``: about eight minutes on two cores."""
 
