@@ -125,8 +125,7 @@ class Listener(tune.Callback):
         if self._stop.is_set():
             seen.run.close("KILLED")
         else:
-            reason = str(trial.get_error() or "no reason given").strip().splitlines()[-1]
-            self._over(seen, "FAILED", f"failed: {reason}")
+            self._over(seen, "FAILED", f"failed: {_reason(trial)}")
 
     def _over(self, seen: _Seen, status: Any, text: str) -> None:
         seen.run.close(status)
@@ -137,6 +136,13 @@ class Listener(tune.Callback):
         if seen.checkpoint is not None:
             return Checkpoint(seen.checkpoint, trial.storage.storage_filesystem)
         return cast(Checkpoint, trial.run_metadata.checkpoint_manager.best_checkpoint_result.checkpoint)
+
+
+def _reason(trial: Any) -> str:
+    """The last line of what Tune has written about the trial's end; it is not in the storage yet."""
+    file = trial.error_file
+    lines = Path(file).read_text().strip().splitlines() if file and Path(file).is_file() else []
+    return lines[-1] if lines else "no reason given"
 
 
 def _adapter(checkpoint: Checkpoint) -> dict[str, bytes]:

@@ -109,6 +109,7 @@ def test_when_nothing_beats_direct_nothing_is_registered(small: Path, tmp_path: 
         ["steps=1", "eval_every=1", "optim.batch_size=1", "optim.lr=0"],
     )
     tracker.start("s", "study", None, {}).close("FINISHED")
+    tracker.flush()
     result = new_study(plan, tracker, rename=True)
     assert result["study"] == "s-2", "the name was taken"
     (row,) = result["domains"]
