@@ -39,7 +39,7 @@ DEMO: dict[str, Any] = {
     "steps": 32,
     "set": {"eval_every": 8, "optim.batch_size": 2},
 }
-"""The study of ``--demo``: about eight minutes on two cores."""
+"""The study of ``--demo``: about seven minutes on two cores."""
 
 _KEYS = {
     "name": str, "domains": list, "model": str, "prompt": str, "trials": int, "steps": int, "workers": int,
