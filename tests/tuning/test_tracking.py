@@ -75,10 +75,10 @@ def test_a_server_that_is_away_for_a_while_loses_nothing(
 
 
 def test_a_champion_is_replaced_only_by_a_better_one(tracker: Tracker) -> None:
-    def enter(val: float, data: str = "same") -> str:
+    def enter(val: float, data: str = "same", prompt: str = "box") -> str:
         run = tracker.start("t", "trial", None, {})
         run.attach(lambda: {"adapter_config.json": f"{val}".encode()}, "adapter")
-        tags = {"val_miou": str(val), "test_miou": str(val), "data": data}
+        tags = {"val_miou": str(val), "test_miou": str(val), "data": data, "prompt": prompt}
         return registry.promote(tracker, "d", run.id, tags)[1]
 
     assert "registered as champion" in enter(0.5)
@@ -88,8 +88,9 @@ def test_a_champion_is_replaced_only_by_a_better_one(tracker: Tracker) -> None:
     assert best is not None
     assert best.version == 1
     assert "in place of version 1" in enter(0.6)
-    assert "the data has changed" in enter(0.1, data="new")
-    assert [e.version for e in registry.champions(tracker)] == [5]
+    assert "in place of version 4 (its data differed)" in enter(0.1, data="new")
+    assert "in place of version 5 (its prompt differed)" in enter(0.05, data="new", prompt="point")
+    assert [e.version for e in registry.champions(tracker)] == [6]
 
 
 def test_fetching_brings_the_champions_files(tracker: Tracker, tmp_path: Path) -> None:
