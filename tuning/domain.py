@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from mlflow.entities import Run as Stored
@@ -46,9 +45,7 @@ class DomainSearch(threading.Thread):
     def __init__(self, context: Context, given: str, name: str, before: Stored | None) -> None:
         super().__init__(name=name, daemon=True)
         self._c, self._given, self._before = context, given, before
-        folder = Path(given)
-        place = str(folder.absolute()) if folder.is_dir() else given
-        self._task = judge.Task(context.plan.model, place, context.plan.base.prompt, context.plan.base.crop)
+        self._task = judge.Task(context.plan.model, given, context.plan.base.prompt, context.plan.base.crop)
         self._tags = {**study_tags(context.plan), "domain": given, "data": load_domain(given).digest}
         self.row: Row = {"domain": name, "error": "did not run"}
         self.trials: list[Trial] = []

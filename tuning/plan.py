@@ -49,6 +49,8 @@ WORD = r"[\w.-]{1,100}"
 """What names runs, registered models and folders."""
 
 _OPTIONS = ("prompt", "crop", "seed")
+"""Fields of Config that are given as a study's own keys, not among its hyperparameters."""
+
 _BUDGET = ("prompt", "crop", "seed", "steps", "eval_every", "max_instances", "optim.batch_size")
 
 
@@ -155,16 +157,17 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
     chosen = {"prompt": prompt, **{k: settings[k] for k in ("seed", "steps", "crop") if k in settings}}
     base = preset(model if model in PRESETS else "paper").replace(chosen)
     given = {str(path): value for path, value in settings.get("set", {}).items()}
-    for path in (*given, *(a.partition("=")[0] for a in assignments)):
-        if path in _OPTIONS:
+    paths = dict.fromkeys([*given, *(a.partition("=")[0] for a in assignments)], 0)
+    for path in _OPTIONS:
+        if path in paths:
             raise InputError(f"{path} has an option of its own: --{path}, or {path}: in a study's file")
     space, base = make_space(settings.get("space", {}), base.replace(given))
     changed = base.parse(assignments)
-    paths = dict.fromkeys([*given, *(a.partition("=")[0] for a in assignments)], 0)
+    space = fixed(space, paths)
     if settings.get("steps") and "eval_every" not in paths:
         changed = changed.replace({"eval_every": min(changed.eval_every, max(1, changed.steps // 4))})
-    _check_method(changed, fixed(space, paths))
-    if not fixed(space, paths) and settings.get("trials", 16) > len(REFERENCES):
+    _check_method(changed, space)
+    if not space and settings.get("trials", 16) > len(REFERENCES):
         raise InputError("nothing is left to search: every hyperparameter has been given a value")
     for key in ("trials", "workers"):
         if settings.get(key, 1) < 1:
@@ -177,7 +180,7 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
     return Plan(
         name=_name(settings.get("name") or f"{'-'.join(names)}-{prompt}"),
         domains=domains, model=model, trials=settings.get("trials", 16), workers=workers,
-        storage=_storage(settings.get("storage", "runs")), base=changed, space=fixed(space, paths),
+        storage=_storage(settings.get("storage", "runs")), base=changed, space=space,
     )  # fmt: skip
 
 
