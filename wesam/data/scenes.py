@@ -67,11 +67,21 @@ class Style:
     """Width of the bars of a fence in front of everything, in units of the gap between them."""
     lost: tuple[float, float] = (0.0, 0.0)
     """Range of the share of the image's blocks that were lost and are grey, as after a broken transmission."""
+    parts: float = 0.0
+    """Share of objects that are made of several parts, each with colours and a texture of its own."""
+    kin: float = 0.0
+    """Share of objects that differ from what lies under them by texture alone."""
+    shine: float = 0.0
+    """Share of objects with a highlight."""
+    backdrop: float = 0.0
+    """Share of scenes whose background is of several regions, none of which is an instance."""
+    focus: float = 0.0
+    """Share of scenes in which the background, and the objects that lie furthest back, are out of focus."""
     smallest: int = 40
     """Instances with fewer visible pixels than this are none."""
 
 
-TRAINING = Style()
+TRAINING = Style(parts=0.4, kin=0.06, shine=0.15, backdrop=0.45, focus=0.2)
 """The scenes that the embedded model is trained on."""
 
 _MEDIUM = Style(smallest=160)  # 0.4 % of the image, about where COCO's medium instances begin
@@ -95,7 +105,14 @@ def scene(rng: Rng, height: int = 192, width: int = 192, style: Style = TRAINING
         masks: list[Array] = []
         areas: list[int] = []
         light = rng.uniform(0, 2 * np.pi)
-        for outline in _layout(rng, height, width, style):
+        if _happens(rng, style.backdrop):
+            for _ in range(int(rng.integers(1, 5))):
+                canvas = np.where(_region(rng, height, width)[..., None], _surface(rng, height, width, style), canvas)
+        outlines = _layout(rng, height, width, style)
+        sharp_from = int(rng.integers(0, 1 + len(outlines) // 2)) if _happens(rng, style.focus) else -1
+        for i, outline in enumerate(outlines):
+            if i == sharp_from:
+                canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(1, 5))
             alpha = outline.astype(np.float32) / 255
             solid = outline > 127
             if solid.sum() < style.smallest:
@@ -108,6 +125,11 @@ def scene(rng: Rng, height: int = 192, width: int = 192, style: Style = TRAINING
         kept = [m for m, a in zip(masks, areas, strict=True) if (s := m.sum()) >= style.smallest and s >= 0.3 * a]
         if kept:
             return _expose(rng, canvas, style), np.stack(kept)
+
+
+def _happens(rng: Rng, share: float) -> bool:
+    """True in this share of the cases; asks for no random number where it never is."""
+    return share > 0 and rng.random() < share
 
 
 # -- where the objects are and what outline they have
@@ -270,6 +292,28 @@ def _paint(rng: Rng, pattern: Array, palette: Array) -> Array:
     return palette[0] + (pattern + fine)[..., None] * (palette[1] - palette[0])
 
 
+def _surface(rng: Rng, h: int, w: int, style: Style) -> Array:
+    """Something painted, float32 [h, w, 3]."""
+    return _paint(rng, _texture(rng, h, w, style.skin), _palette(rng))
+
+
+def _region(rng: Rng, h: int, w: int) -> Array:
+    """A part of a window, bool [h, w]: beside a line, a band, a spot, or a shape as that of a cloud."""
+    kind = rng.choice(["side", "band", "spot", "cloud"])
+    if kind == "cloud":
+        return np.asarray(_fractal(rng, h, w, 0.7, base=rng.uniform(1.5, 4)) > rng.uniform(0.4, 0.65))
+    yy, xx = np.mgrid[:h, :w].astype(np.float32)
+    y, x, a = rng.uniform(0.1, 0.9) * h, rng.uniform(0.1, 0.9) * w, rng.uniform(0, 2 * np.pi)
+    bend = 0.3 * rng.random() * min(h, w) * (_fractal(rng, h, w, 0.4, base=2) - 0.5)
+    along = (xx - x) * np.cos(a) + (yy - y) * np.sin(a) + bend
+    if kind == "side":
+        return np.asarray(along > 0)
+    if kind == "band":
+        return np.asarray(np.abs(along) < rng.uniform(0.05, 0.25) * min(h, w))
+    across = (yy - y) * np.cos(a) - (xx - x) * np.sin(a)
+    return np.asarray(along**2 + (across * rng.uniform(0.6, 1.7)) ** 2 < (rng.uniform(0.1, 0.35) * min(h, w)) ** 2)
+
+
 def _place(rng: Rng, canvas: Array, alpha: Array, light: float, style: Style) -> Array:
     """The canvas with one more object on it; computed in the object's own window of the canvas."""
     ys, xs = np.nonzero(alpha.max(1))[0], np.nonzero(alpha.max(0))[0]
@@ -286,7 +330,11 @@ def _place(rng: Rng, canvas: Array, alpha: Array, light: float, style: Style) ->
     soft = rng.uniform(*style.soft)
     if soft > 0.3:
         a = cv2.GaussianBlur(a, (0, 0), soft)
-    if rng.random() < style.hidden:
+    kin = _happens(rng, style.kin)
+    if kin:  # the colours change places in another pattern
+        mean, spread = beneath.mean(0), beneath.std(0) + 0.03
+        palette = np.stack([mean - 2 * spread, mean + 2 * spread]).astype(np.float32)
+    elif rng.random() < style.hidden:
         mean, spread = beneath.mean(0), beneath.std(0) + 0.02
         step = rng.normal(0, 1, 3)
         step *= rng.uniform(*style.hidden_gap) / (np.abs(step).max() + 1e-6)
@@ -294,12 +342,22 @@ def _place(rng: Rng, canvas: Array, alpha: Array, light: float, style: Style) ->
     else:
         palette = _palette(rng)
     body = _paint(rng, _texture(rng, h, w, style.skin), palette)
+    if not kin and _happens(rng, style.parts):
+        for _ in range(int(rng.integers(1, 4))):
+            other = palette + rng.normal(0, 0.15, 3) if rng.random() < 0.4 else _palette(rng)
+            part = _paint(rng, _texture(rng, h, w, style.skin), other.astype(np.float32))
+            body = np.where(_region(rng, h, w)[..., None], part, body)
 
     if rng.random() < 0.55 * style.cues:  # shaded as if it were round
         size = max(1.0, float(np.sqrt((a > 0.5).sum())) * rng.uniform(0.05, 0.25))
         hill = cv2.GaussianBlur(a, (0, 0), size) * size
         slope = cv2.Sobel(hill, cv2.CV_32F, 1, 0) * np.cos(light) + cv2.Sobel(hill, cv2.CV_32F, 0, 1) * np.sin(light)
         body = body * (1 + rng.uniform(0.05, 0.3) * np.clip(slope, -2, 2))[..., None]
+    if _happens(rng, style.shine):
+        y, x = rng.uniform(0.2, 0.8, 2) * (h, w)
+        yy, xx = np.mgrid[:h, :w].astype(np.float32)
+        spot = np.exp(-((yy - y) ** 2 + (xx - x) ** 2) / (rng.uniform(0.05, 0.2) * min(h, w) + 1) ** 2)
+        body = body + rng.uniform(0.2, 0.7) * spot[..., None] * (1 - body)
     if rng.random() < 0.18 * style.cues:  # an outline of its own
         rim = np.clip(a - cv2.erode(a, np.ones((3, 3), np.uint8)), 0, 1)[..., None]
         body = body * (1 - rim) + rim * body * rng.uniform(0.2, 1.7)

@@ -51,6 +51,16 @@ def decode(sam: Sam, embeddings: Tensor, prompts: list[Prompts]) -> Masks:
     embeddings: [B, C, g, g]. prompts: one entry per image, in the frame of the resized image. One mask a prompt:
     the first output token, as SAM gives with ``multimask_output=False``.
     """
+    logits, iou = decode_outputs(sam, embeddings, prompts, 1)
+    return Masks(logits[:, 0], iou[:, 0])
+
+
+def decode_outputs(sam: Sam, embeddings: Tensor, prompts: list[Prompts], count: int) -> tuple[Tensor, Tensor]:
+    """The first ``count`` of SAM's four outputs for each prompt: logits [N, count, m, m] and predicted IoU [N, count].
+
+    The first output is for prompts that leave no doubt, the other three are for those that do, as a single click.
+    embeddings, prompts: as :func:`decode` has them.
+    """
     device = embeddings.device
     image = torch.repeat_interleave(
         torch.arange(len(prompts), device=device), torch.tensor([len(p) for p in prompts], device=device)
@@ -65,9 +75,10 @@ def decode(sam: Sam, embeddings: Tensor, prompts: list[Prompts]) -> Masks:
     position = sam.prompt_encoder.get_dense_pe().contiguous(**last)
     hidden, source = decoder.transformer(source, position, tokens)
     upscaled = decoder.output_upscaling(source.transpose(1, 2).unflatten(2, embeddings.shape[2:]))
-    weights = decoder.output_hypernetworks_mlps[0](hidden[:, 1])
-    logits = torch.einsum("nc,nchw->nhw", weights, upscaled)
-    return Masks(logits, decoder.iou_prediction_head(hidden[:, 0])[:, 0])
+    networks = decoder.output_hypernetworks_mlps[:count]
+    weights = torch.stack([network(hidden[:, 1 + i]) for i, network in enumerate(networks)], 1)
+    logits = torch.einsum("nkc,nchw->nkhw", weights, upscaled)
+    return logits, decoder.iou_prediction_head(hidden[:, 0])[:, :count]
 
 
 def _embed(sam: Sam, prompts: Prompts, device: torch.device) -> tuple[Tensor, Tensor]:
