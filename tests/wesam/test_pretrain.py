@@ -101,7 +101,7 @@ def test_the_bank_holds_the_latest_scenes_whenever_it_starts() -> None:
 
 def test_a_batch_asks_for_what_is_seen() -> None:
     for seed in range(12):
-        batch = make_batch(*scenes(), KINDS[seed % 3], 5, np.random.default_rng(seed))
+        batch = make_batch(*scenes(), KINDS[seed % 3], 5, 0.5, np.random.default_rng(seed))
         assert batch.truth.shape == (20, 192, 192)
         assert batch.truth.flatten(1).sum(1).min() >= SMALLEST
         assert all(max(x.shape[1:]) == 192 for x in batch.images)
@@ -138,7 +138,7 @@ def test_zooming_keeps_image_and_labels_together() -> None:
     # an image that shows its labels: every instance has a brightness of its own
     _, labels = scenes(16)
     images = (labels * 4)[:, None].expand(-1, 3, -1, -1).contiguous()
-    seen, named = zoom(images, labels, np.random.default_rng(0))
+    seen, named = zoom(images, labels, 0.5, np.random.default_rng(0))
     moved = (named != labels).flatten(1).any(1)
     assert 2 < moved.sum() < 14
     inside = torch.nn.functional.max_pool2d(-named[:, None].float(), 3, 1, 1)[:, 0] == -named.float()
@@ -160,7 +160,7 @@ def test_of_the_three_outputs_only_the_best_is_taught() -> None:
     truth[:, 8:20, 8:20] = 1
     sure = (truth * 2 - 1) * 3
     logits = torch.stack([0 * sure, -sure, sure, 0 * sure], 1).requires_grad_()
-    all_masks_loss(logits, torch.zeros(1, 4), truth, 1.0).backward()
+    all_masks_loss(logits, torch.zeros(1, 4), truth, 1.0, 0.5).backward()
     assert logits.grad is not None
     assert (logits.grad.abs().sum((0, 2, 3)) > 0).tolist() == [True, False, True, False]
 

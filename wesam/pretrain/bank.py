@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from wesam.data.scenes import scene
+from wesam.data.scenes import TRAINING, Style, scene
 
 FIRST = 32
 """Groups of scenes that are there at the first step."""
@@ -23,8 +23,10 @@ class Groups(Dataset[tuple[Tensor, Tensor]]):
     of ``world`` processes that train together, each makes scenes of its own.
     """
 
-    def __init__(self, seed: int, count: int, side: int, rank: int = 0, world: int = 1) -> None:
-        self.seed, self.count, self.side, self.rank, self.world = seed, count, side, rank, world
+    def __init__(
+        self, seed: int, count: int, side: int, style: Style = TRAINING, rank: int = 0, world: int = 1
+    ) -> None:
+        self.seed, self.count, self.side, self.style, self.rank, self.world = seed, count, side, style, rank, world
 
     def __getitem__(self, group: int) -> tuple[Tensor, Tensor]:
         """This group's scenes."""
@@ -36,7 +38,7 @@ class Groups(Dataset[tuple[Tensor, Tensor]]):
     def scene(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Scene ``index``: image [side, side, 3] and labels [side, side]."""
         rng = np.random.default_rng([self.seed, 8, index])  # domains use other first words: no scene is shared
-        image, masks = scene(rng, self.side, self.side)
+        image, masks = scene(rng, self.side, self.side, self.style)
         number = np.arange(1, len(masks) + 1, dtype=np.uint8)[:, None, None]
         return image, (masks * number).max(0)  # visible parts do not overlap
 

@@ -19,9 +19,6 @@ SHARES = (0.42, 0.43, 0.15)
 SMALLEST = 40
 """Instances with fewer visible pixels than this are not asked for."""
 
-ZOOMED = 0.5
-"""Share of the images that show a part of a scene, turned by any angle and enlarged or shrunk."""
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -37,10 +34,12 @@ class Batch:
     """uint8 [B, side, side]: all instances by number, 0 where there is none."""
 
 
-def make_batch(images: Tensor, labels: Tensor, kind: PromptKind, per_image: int, rng: np.random.Generator) -> Batch:
-    """A batch from scenes: images uint8 [B, 3, side, side] and labels uint8 [B, side, side]."""
+def make_batch(
+    images: Tensor, labels: Tensor, kind: PromptKind, per_image: int, zoomed: float, rng: np.random.Generator
+) -> Batch:
+    """A batch from scenes: images uint8 [B, 3, side, side] and labels uint8 [B, side, side]; zoomed: share of them."""
     images, labels = _recolour(*_turn(images, labels, rng), rng)
-    images, labels = zoom(images, labels, rng)
+    images, labels = zoom(images, labels, zoomed, rng)
     sizes = [_padding(rng, images.shape[-1]) for _ in images]
     before = labels
     labels = labels.clone()
@@ -108,8 +107,8 @@ def clicks(truth: Tensor, inside: int, outside: int, rng: np.random.Generator) -
     return torch.cat(found, 1)
 
 
-def zoom(images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Some of the images turned by any angle around one of their instances, which then spans 15 to 75 % of the side.
+def zoom(images: Tensor, labels: Tensor, share: float, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """This share of the images turned by any angle around one instance, which then spans 15 to 75 % of the side.
 
     What lies beyond the border is mirrored and belongs to no instance. An image in which nothing would be left to ask
     for stays as it is.
@@ -132,7 +131,7 @@ def zoom(images: Tensor, labels: Tensor, rng: np.random.Generator) -> tuple[Tens
     seen = seen.round().clamp(0, 255).to(torch.uint8)
     named = F.grid_sample(labels[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
     named = named[:, 0].to(torch.uint8)
-    use = (draws[4] < ZOOMED) & (_areas(named).amax(1) >= SMALLEST)
+    use = (draws[4] < share) & (_areas(named).amax(1) >= SMALLEST)
     return torch.where(use[:, None, None, None], seen, images), torch.where(use[:, None, None], named, labels)
 
 

@@ -28,16 +28,16 @@ def mask_loss(logits: Tensor, iou: Tensor, truth: Tensor, balance: float) -> Ten
     return 10 * focal + dice + balance * balanced + (iou - actual) ** 2
 
 
-def all_masks_loss(logits: Tensor, iou: Tensor, truth: Tensor, balance: float) -> Tensor:
-    """The loss of SAM's four outputs, a scalar: the first, and half of the best of the other three, which alone of
-    them is taught, as in SAM.
+def all_masks_loss(logits: Tensor, iou: Tensor, truth: Tensor, balance: float, others: float) -> Tensor:
+    """The loss of SAM's outputs, a scalar: the first's, and ``others`` times that of the best of the other three, which
+    alone of them is taught, as in SAM.
 
-    logits: [N, 4, m, m]; iou: [N, 4]; truth: [N, m, m].
+    logits: [N, K, m, m]; iou: [N, K], K 1 or 4; truth: [N, m, m].
     """
-    n = len(logits)
     spread = truth[:, None].expand_as(logits).flatten(0, 1)
-    each = mask_loss(logits.flatten(0, 1), iou.flatten(), spread, balance).view(n, 4)
-    return each[:, 0].mean() + 0.5 * each[:, 1:].amin(1).mean()
+    each = mask_loss(logits.flatten(0, 1), iou.flatten(), spread, balance).view_as(iou)
+    loss = each[:, 0].mean()
+    return loss + others * each[:, 1:].amin(1).mean() if each.shape[1] > 1 else loss
 
 
 class Affinity(nn.Module):

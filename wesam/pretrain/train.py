@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from wesam.data.scenes import TRAINING, Style
 from wesam.pretrain.bank import Bank, Groups
 from wesam.pretrain.batch import KINDS, SHARES, Batch, make_batch
 from wesam.pretrain.losses import Affinity, all_masks_loss
@@ -44,6 +45,12 @@ class Options:
     lr: float = 2e-3
     affinity: float = 0.5
     """Weight of the loss that tells instances apart in the embedding."""
+    multimask: float = 0.5
+    """Weight of the loss of the best of SAM's three outputs for prompts in doubt."""
+    zoomed: float = 0.5
+    """Share of the images that show a part of a scene, turned by any angle and enlarged or shrunk."""
+    plain: bool = False
+    """Scenes as those of the clean domain, without all that ``TRAINING`` adds."""
     steps: int = 20000
     """Steps at most."""
     cooldown: float = 0.4
@@ -113,7 +120,9 @@ class Trainer:
         self.step = 0
         if saved:
             self._load(torch.load(saved, map_location=device, weights_only=True))
-        groups = Groups(options.seed, options.fresh // self.world or 1, options.shape.side, self.rank, self.world)
+        style = Style() if options.plain else TRAINING
+        count = options.fresh // self.world or 1
+        groups = Groups(options.seed, count, options.shape.side, style, self.rank, self.world)
         self._bank = Bank(groups, max(1, options.bank // options.fresh), self.step, workers, device)
 
     def run(self, until: int) -> Iterator[Tensor]:
@@ -126,7 +135,7 @@ class Trainer:
             scenes = self._bank.draw(self.step, self.options.batch // self.world or 1, rng)
             # all processes have prompts of one kind, as they must have gradients for the same parameters
             kind = KINDS[int(np.random.default_rng([self.options.seed, 10, self.step]).choice(len(KINDS), p=SHARES))]
-            loss = self.loss(make_batch(*scenes, kind, self.options.prompts, rng), rng)
+            loss = self.loss(make_batch(*scenes, kind, self.options.prompts, self.options.zoomed, rng), rng)
             loss.backward()
             self._share_gradients()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -143,10 +152,10 @@ class Trainer:
         truth = F.avg_pool2d(batch.truth.float(), shape.patch // 4)
         with torch.autocast(self.device.type, torch.bfloat16):
             embedding = encode(sam, batch.images)
-            logits, iou = decode_outputs(sam, embedding, batch.prompts, 4)
+            logits, iou = decode_outputs(sam, embedding, batch.prompts, 4 if self.options.multimask else 1)
         # new weights stay at empty masks unless inside and outside count the same; later that matters less
         balance = 1.0 - 0.8 * min(1.0, self.step / (0.4 * self.options.steps))
-        loss = all_masks_loss(logits.float(), iou.float(), truth, balance)
+        loss = all_masks_loss(logits.float(), iou.float(), truth, balance, self.options.multimask)
         if self.options.affinity:
             loss = loss + self.options.affinity * self.model.affinity(embedding.float(), batch.labels, rng)
         return loss
