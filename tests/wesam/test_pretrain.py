@@ -151,7 +151,7 @@ def test_the_loss_prefers_the_truth() -> None:
     truth = torch.zeros(1, 32, 32)
     truth[:, 8:20, 8:20] = 1
     sure = (truth * 2 - 1) * 8
-    values = [mask_loss(x, torch.ones(1), truth, 1.0).item() for x in (sure, 0 * sure, -sure)]
+    values = [mask_loss(x[:, None], torch.ones(1, 1), truth, 1.0).item() for x in (sure, 0 * sure, -sure)]
     assert values == sorted(values)
 
 

@@ -9,23 +9,26 @@ from torch.nn import functional as F
 
 
 def mask_loss(logits: Tensor, iou: Tensor, truth: Tensor, balance: float) -> Tensor:
-    """10 focal + dice + squared error of the IoU head, and a class-balanced cross-entropy of weight ``balance``, [N].
+    """10 focal + dice + squared error of the IoU head + ``balance`` times a class-balanced cross-entropy, [N, K].
 
-    logits, truth: [N, m, m], truth in 0..1 (the covered share of each cell); iou: [N]. The balanced term averages
-    inside, near and far background apart: without it a new model stays at empty masks.
+    logits: [N, K, m, m], K answers to a prompt; iou: [N, K]; truth: [N, m, m] in 0..1, the covered share of each cell.
+    The balanced term averages inside, near and far background apart: without it a new model stays at empty masks.
     """
+    near = (F.max_pool2d(F.max_pool2d(truth, (1, 13), 1, (0, 6)), (13, 1), 1, (6, 0)) > 0.5).float() * (1 - truth)
+    inside, around, away = (
+        x / x.sum((1, 2), keepdim=True).clamp(min=1) for x in (truth, near, (1 - near) * (1 - truth))
+    )
+    share = 0.4 * inside + 0.4 * around + 0.2 * away
+    truth = truth[:, None].expand_as(logits)
     ce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
-    near = (F.max_pool2d(truth[:, None], 13, 1, 6)[:, 0] > 0.5).float() * (1 - truth)
-    parts = (truth, near, (1 - near) * (1 - truth))
-    inside, around, away = ((ce * part).sum((1, 2)) / part.sum((1, 2)).clamp(min=1) for part in parts)
     p = logits.sigmoid()
-    focal = (ce * (p - truth) ** 2).mean((1, 2))
-    dice = 1 - (2 * (p * truth).sum((1, 2)) + 1) / (p.sum((1, 2)) + truth.sum((1, 2)) + 1)
+    cells = logits.shape[-2] * logits.shape[-1]
+    focal_and_balanced = (ce * ((p - truth) ** 2 * (10 / cells) + balance * share[:, None])).sum((2, 3))
+    dice = 1 - (2 * (p * truth).sum((2, 3)) + 1) / (p.sum((2, 3)) + truth.sum((2, 3)) + 1)
     with torch.no_grad():
         hit, real = logits > 0, truth > 0.5
-        actual = (hit & real).sum((1, 2)) / (hit | real).sum((1, 2)).clamp(min=1)
-    balanced = (2 * inside + 2 * around + away) / 5
-    return 10 * focal + dice + balance * balanced + (iou - actual) ** 2
+        actual = (hit & real).sum((2, 3)) / (hit | real).sum((2, 3)).clamp(min=1)
+    return focal_and_balanced + dice + (iou - actual) ** 2
 
 
 def all_masks_loss(logits: Tensor, iou: Tensor, truth: Tensor, balance: float, others: float) -> Tensor:
@@ -34,10 +37,16 @@ def all_masks_loss(logits: Tensor, iou: Tensor, truth: Tensor, balance: float, o
 
     logits: [N, K, m, m]; iou: [N, K], K 1 or 4; truth: [N, m, m].
     """
-    spread = truth[:, None].expand_as(logits).flatten(0, 1)
-    each = mask_loss(logits.flatten(0, 1), iou.flatten(), spread, balance).view_as(iou)
-    loss = each[:, 0].mean()
-    return loss + others * each[:, 1:].amin(1).mean() if each.shape[1] > 1 else loss
+    if logits.shape[1] == 1:
+        return mask_loss(logits, iou, truth, balance).mean()
+    with torch.no_grad():  # the best by its dice score
+        p = logits[:, 1:].sigmoid()
+        both = torch.einsum("nkij,nij->nk", p, truth)
+        best = 1 + (both / (p.sum((2, 3)) + truth.sum((1, 2))[:, None] + 1)).argmax(1, keepdim=True)
+    taught = torch.cat([torch.zeros_like(best), best], 1)
+    logits = logits.gather(1, taught[..., None, None].expand(-1, -1, *logits.shape[2:]))
+    each = mask_loss(logits, iou.gather(1, taught), truth, balance).mean(0)
+    return each[0] + others * each[1]
 
 
 class Affinity(nn.Module):
