@@ -57,7 +57,7 @@ def _parser() -> Parser:
         help=f"{', '.join(domain_names())}, or a folder with train/val/test.json in COCO format; may be repeated",
     )  # fmt: skip
     p.add_argument("--prompt", choices=get_args(PromptKind), help="kind of weak label (default: box)")
-    p.add_argument("--model", help=f"one of {', '.join(model_names())} (default: nano)")
+    p.add_argument("--model", help=f"one of {', '.join(model_names())}, or a file with weights of one (default: nano)")
     p.add_argument("--trials", type=int, help="trials per domain (default: 16)")
     p.add_argument("--steps", type=int, help="optimisation steps of a trial (default: the model's)")
     p.add_argument(

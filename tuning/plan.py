@@ -16,7 +16,7 @@ from wesam.config import PRESETS, Config, PromptKind, Value, preset
 from wesam.data import Domain, domain_names, load_domain
 from wesam.errors import InputError, unknown
 from wesam.methods import get_method
-from wesam.sam import model_names
+from wesam.sam import find_model
 
 REFERENCES = ("paper", "defaults")
 """The configurations that every study tries first: the published one, and the model's own."""
@@ -150,8 +150,7 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
     Raises InputError for whatever cannot be run: unknown names, folders that are no domain, values out of range.
     """
     model, prompt = settings.get("model", "nano"), settings.get("prompt", "box")
-    if model not in model_names():
-        raise unknown("model", model, model_names())
+    find_model(model)
     if prompt not in get_args(PromptKind):
         raise unknown("prompt", prompt, get_args(PromptKind))
     chosen = {"prompt": prompt, **{k: settings[k] for k in ("seed", "steps", "crop") if k in settings}}

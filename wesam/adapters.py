@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from wesam.config import Config, LoraConfig, Targets
 from wesam.errors import InputError
 
-_BLOCK = r"image_encoder\.blocks\.\d+\."
+_BLOCK = r"image_encoder\.(stages\.\d+\.)?blocks\.\d+\."  # of SAM's ViT, and of TinyViT
 _TARGETS: dict[Targets, str] = {
     "qkv": _BLOCK + r"attn\.qkv",
     "attention": _BLOCK + r"attn\.(qkv|proj)",
-    "encoder": _BLOCK + r"(attn\.(qkv|proj)|mlp\.lin[12])",
+    "encoder": _BLOCK + r"(attn\.(qkv|proj)|mlp\.(lin|fc)[12])",
     "encoder+decoder": _BLOCK
-    + r"(attn\.(qkv|proj)|mlp\.lin[12])|mask_decoder\.transformer\..*(q_proj|k_proj|v_proj|out_proj|lin[12])",
+    + r"(attn\.(qkv|proj)|mlp\.(lin|fc)[12])|mask_decoder\.transformer\..*(q_proj|k_proj|v_proj|out_proj|lin[12])",
 }
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 

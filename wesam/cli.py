@@ -1,4 +1,4 @@
-"""The command ``wesam``: models, domains, evaluate, adapt, predict."""
+"""The command ``wesam``: models, fetch, domains, evaluate, adapt, predict."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from wesam.evaluate import baseline, evaluate, predict
 from wesam.methods import METHODS, get_method
 from wesam.overlay import overlay
 from wesam.prompts import Prompts
-from wesam.sam import REGISTRY, load_sam, model_names
+from wesam.sam import REGISTRY, describe, fetch_model, load_sam, model_names
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,7 +47,10 @@ def _parser() -> Parser:
         return added
 
     def model(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--model", default="nano", help=f"one of {', '.join(model_names())} (default: nano)")
+        p.add_argument(
+            "--model", default="nano",
+            help=f"one of {', '.join(model_names())}, or a file with weights of one (default: nano)",
+        )  # fmt: skip
 
     def data(p: argparse.ArgumentParser) -> None:
         names = ", ".join(domain_names())
@@ -68,6 +71,8 @@ def _parser() -> Parser:
         p.add_argument("--json", type=json_file, metavar="FILE", help="write the result here too")
 
     result(command("models", _models, "List the models."))
+    p = command("fetch", _fetch, "Download the weights of a model, check them, and keep them in $WESAM_HOME.")
+    p.add_argument("model", metavar="MODEL", help=f"one of {', '.join(model_names())}")
     result(command("domains", _domains, "List the built-in domains."))
 
     p = command("evaluate", _evaluate, "Score a model, with or without an adapter, on a split of a domain.")
@@ -121,15 +126,19 @@ def _parser() -> Parser:
 
 
 def _models(args: argparse.Namespace) -> None:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, entry in REGISTRY.items():
-        sam = load_sam(name)
+        parameters, side = describe(name)
         rows.append(
-            {"model": name, "parameters": sum(p.numel() for p in sam.parameters()),
-             "input": sam.image_encoder.img_size, "note": entry.note}
+            {"model": name, "parameters": parameters, "input": side, "note": entry.note,
+             "weights": str(entry.path) if entry.path.is_file() else f"wesam fetch {name}: {entry.url}"}
         )  # fmt: skip
-    print(table(rows))
+    print(table([{**r, "parameters": f"{r['parameters'] / 1e6:.1f} M", "input": f"{r['input']} px"} for r in rows]))
     write_json(args.json, rows)
+
+
+def _fetch(args: argparse.Namespace) -> None:
+    print(f"{args.model} is in {fetch_model(args.model)}")
 
 
 def _domains(args: argparse.Namespace) -> None:

@@ -1,0 +1,123 @@
+"""Weights files: where they are, how they are fetched, and how they are read without running what they carry."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import pickle
+import sys
+import urllib.error
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from wesam.errors import InputError
+
+BLOCK = 2**20
+ATTEMPTS = 5
+"""Times that a transfer is taken up again before it is given up."""
+
+
+def home() -> Path:
+    """The folder of the weights: ``$WESAM_HOME``, else ``wesam`` in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("WESAM_HOME") or cache / "wesam")
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, as 64 hexadecimal digits."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, on the CPU, in single precision; raises InputError for a file that holds anything else."""
+    state: Any
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            while isinstance(state, dict) and len(inner := [k for k in ("model", "state_dict") if k in state]) == 1:
+                state = state[inner[0]]
+    except (OSError, SafetensorError) as e:
+        raise InputError(f"cannot read weights from {path}: {e}") from None
+    except pickle.UnpicklingError:
+        raise InputError(
+            f"{path} is no checkpoint of plain tensors: it is damaged, or carries code; not read"
+        ) from None
+    except (RuntimeError, EOFError) as e:
+        raise InputError(f"{path} is damaged: {str(e).splitlines()[0]}") from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError(f"{path} holds something else than tensors by name")
+    return {str(k).removeprefix("module."): v.float() for k, v in state.items()}
+
+
+def fetch(url: str, path: Path, digest: str) -> None:
+    """Downloads to ``path``, with progress on stderr, going on from what an earlier try left in ``path``.part.
+
+    The file is moved into place only when its SHA-256 is ``digest``; raises InputError if it is not, or if the server
+    cannot be reached.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with part.open("ab") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is fetching {path.name}: wait for it") from None
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                _transfer(url, f, path.name)
+                break
+            except urllib.error.HTTPError as e:
+                raise InputError(f"{url} answers {e.code} {e.reason}: {_by_hand(url, path)}") from None
+            except (OSError, HTTPException) as e:
+                reason = getattr(e, "reason", e)
+                if f.tell() == 0 or attempt == ATTEMPTS:
+                    kept = f"; {f.tell() / 1e6:.0f} MB are kept, the same command goes on" if f.tell() else ""
+                    raise InputError(f"cannot fetch {url}: {reason}{kept}: {_by_hand(url, path)}") from None
+        f.flush()
+        if (found := sha256(part)) != digest:
+            part.unlink()
+            raise InputError(f"what {url} sent has the SHA-256 {found}, not {digest}: it was deleted; try again")
+        part.replace(path)
+
+
+def _by_hand(url: str, path: Path) -> str:
+    return f"or download it elsewhere and put it here: {path}"
+
+
+def _transfer(url: str, file: BinaryIO, name: str) -> None:
+    """Appends to the file what the server has beyond its end; starts again where the server cannot do that."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={file.tell()}-"} if file.tell() else {})
+    try:
+        answer = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as e:
+        if e.code == 416 and file.tell():  # nothing lies beyond the end: all is here
+            return
+        raise
+    with answer:
+        if answer.status != 206:
+            file.truncate(0)
+            file.seek(0)
+        length = answer.headers.get("Content-Length")
+        total = file.tell() + int(length) if length else None
+        bar = tqdm(
+            desc=name, total=total, initial=file.tell(), unit="B", unit_scale=True, unit_divisor=1000,
+            file=sys.stderr, mininterval=0.5,
+        )  # fmt: skip
+        with bar:
+            while block := answer.read(BLOCK):
+                file.write(block)
+                bar.update(len(block))
+        if total is not None and file.tell() < total:
+            raise OSError(f"the connection broke off after {file.tell() / 1e6:.1f} of {total / 1e6:.1f} MB")
