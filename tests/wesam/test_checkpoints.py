@@ -147,6 +147,7 @@ def test_without_the_server_one_line_says_what_to_do(
     assert url in printed[0]
     assert said in printed[0]
     assert str(tmp_path / "sam_vit_b_01ec64.pth") in printed[0]
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_processes_do_not_fetch_one_file_at_once(server: Server, tmp_path: Path) -> None:

@@ -79,12 +79,15 @@ def fetch(url: str, path: Path, digest: str) -> None:
                 _transfer(url, f, path.name)
                 break
             except urllib.error.HTTPError as e:
-                raise InputError(f"{url} answers {e.code} {e.reason}: {_by_hand(url, path)}") from None
+                raise InputError(f"{url} answers {e.code} {e.reason}; {_elsewhere(path)}") from None
             except (OSError, HTTPException) as e:
                 reason = getattr(e, "reason", e)
                 if f.tell() == 0 or attempt == ATTEMPTS:
                     kept = f"; {f.tell() / 1e6:.0f} MB are kept, the same command goes on" if f.tell() else ""
-                    raise InputError(f"cannot fetch {url}: {reason}{kept}: {_by_hand(url, path)}") from None
+                    raise InputError(f"cannot fetch {url}: {reason}{kept}; {_elsewhere(path)}") from None
+            finally:
+                if f.tell() == 0:
+                    part.unlink()
         f.flush()
         if (found := sha256(part)) != digest:
             part.unlink()
@@ -92,7 +95,7 @@ def fetch(url: str, path: Path, digest: str) -> None:
         part.replace(path)
 
 
-def _by_hand(url: str, path: Path) -> str:
+def _elsewhere(path: Path) -> str:
     return f"or download it elsewhere and put it here: {path}"
 
 
