@@ -41,13 +41,18 @@ def by_trial(trials: Sequence[Trial], direct: float, ellipse: float) -> str:
     axes.axhline(ellipse, color="grey", linestyle=":", linewidth=1, label="ellipse in the box")
     axes.set(xlabel="trial", ylabel="best val mIoU")
     axes.locator_params(axis="x", integer=True)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return _svg(figure)
 
 
 def by_step(curves: Mapping[int, Curve], best: int | None) -> str:
-    """Each trial's val mIoU by step; the best trial's stands out."""
+    """Each trial's val mIoU by step; the best trial's stands out. A trial that fell far leaves the picture below."""
     figure, axes = plt.subplots(figsize=(5.2, 3.2))
+    reached = [v for curve in curves.values() for _, v in curve]
+    top, start = max(reached), min(curve[0][1] for curve in curves.values())
+    lowest = max(min(reached), start - max(2 * (top - start), 0.05))
+    margin = 0.002 + 0.05 * (top - lowest)
+    axes.set_ylim(lowest - margin, top + margin)
     for number, curve in curves.items():
         steps, values = zip(*curve, strict=True)
         style: dict[str, Any] = {"color": "#1f77b4", "linewidth": 2.2} if number == best else {"color": "#bbbbbb"}
