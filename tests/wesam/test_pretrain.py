@@ -3,12 +3,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from wesam.data import load_domain
 from wesam.data.procedural import SIZES
@@ -18,7 +19,7 @@ from wesam.pretrain.bank import FIRST, Bank, Groups
 from wesam.pretrain.batch import KINDS, SMALLEST, choose, clicks, make_batch, zoom
 from wesam.pretrain.cli import main
 from wesam.pretrain.losses import Affinity, all_masks_loss, mask_loss
-from wesam.pretrain.train import Options, Schedule
+from wesam.pretrain.train import Options, Schedule, Trainer, resized
 from wesam.prompts import tight_boxes
 from wesam.sam.nano import Shape, build_nano
 
@@ -49,6 +50,25 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path: Path, monkeypa
     assert scores[0] == scores[1]
     assert len(scores[0]) == 3
     build_nano(TINY).load_state_dict(one)
+
+
+def test_a_run_begins_with_weights_of_a_smaller_input(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small, large = build_nano(TINY), build_nano(replace(TINY, side=128))
+    fitted = resized(small.state_dict(), large)
+    positions = "image_encoder.pos_embed"
+    assert fitted[positions].shape == (1, 32, 32, 48)
+    torch.nn.init.normal_(small.image_encoder.pos_embed)
+    fitted = resized(small.state_dict(), large)
+    back = torch.nn.functional.avg_pool2d(fitted[positions].permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+    assert (back - small.image_encoder.pos_embed).abs().mean() < 0.3
+    save_file(small.state_dict(), start := tmp_path / "small.safetensors")
+    options = Options(batch=2, prompts=2, fresh=1, shape=replace(TINY, side=128))
+    trainer = Trainer(options, CPU, 0, start=start)
+    assert torch.equal(trainer.model.sam.image_encoder.neck[0].weight, small.image_encoder.neck[0].weight)
+    assert torch.equal(trainer.average.module.image_encoder.pos_embed, fitted[positions])
+    with pytest.raises(InputError, match="another shape"):
+        resized(small.state_dict(), build_nano(replace(TINY, width=64)))
 
 
 def test_several_processes_train_one_model(tmp_path: Path) -> None:

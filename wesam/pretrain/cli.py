@@ -46,6 +46,12 @@ def main(arguments: list[str] | None = None) -> None:
         "--watch", action="append", metavar="D",
         help="domain whose val split is scored, again for more; none is ever trained on (clean)",
     )  # fmt: skip
+    parser.add_argument(
+        "--start",
+        type=Path,
+        metavar="WEIGHTS",
+        help="begin with these, of a model whose input may be smaller or larger",
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so long, to go on another time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=(os.cpu_count() or 2) - 1, help="processes that make scenes")
@@ -57,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     stop_at = time.monotonic() + 60 * args.minutes
     with _processes(args.device) as device:
         saved = args.out / "checkpoint.pt"
-        trainer = Trainer(options, device, args.workers, saved if saved.exists() else None)
+        trainer = Trainer(options, device, args.workers, saved if saved.exists() else None, args.start)
         first = trainer.rank == 0
         if first:
             names = f"{sum(p.numel() for p in trainer.model.sam.parameters()) / 1e6:.2f} million parameters"

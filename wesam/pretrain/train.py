@@ -19,9 +19,11 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from wesam.data.scenes import TRAINING, Style
+from wesam.errors import InputError
 from wesam.pretrain.bank import Bank, Groups
 from wesam.pretrain.batch import KINDS, SHARES, Batch, make_batch
 from wesam.pretrain.losses import Affinity, all_masks_loss
+from wesam.sam.checkpoints import read_weights
 from wesam.sam.nano import Shape, build_nano
 from wesam.sam.promptable import decode_outputs, encode
 
@@ -108,12 +110,18 @@ class Schedule:
 class Trainer:
     """A run that can be saved after any step and goes on from there."""
 
-    def __init__(self, options: Options, device: torch.device, workers: int, saved: Path | None = None) -> None:
-        """workers: processes that make scenes. saved: a checkpoint to go on from."""
+    def __init__(
+        self, options: Options, device: torch.device, workers: int, saved: Path | None = None, start: Path | None = None
+    ) -> None:
+        """workers: processes that make scenes. saved: a checkpoint to go on from. start: weights to begin with, of a
+        model that differs in the size of its input at most.
+        """
         self.options, self.device = options, device
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         torch.manual_seed(options.seed)
         self.model = Training(options.shape).to(device)
+        if start and not saved:
+            self.model.sam.load_state_dict(resized(read_weights(start), self.model.sam))
         self.average = AveragedModel(self.model.sam, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=False)
         self.optimizers = optimizers(self.model, options.lr)
         self.schedule = Schedule(options)
@@ -193,6 +201,22 @@ class Trainer:
         dist.all_reduce(flat)
         for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             g.copy_(part.view_as(g) / self.world)
+
+
+def resized(state: dict[str, Tensor], sam: Sam) -> dict[str, Tensor]:
+    """Weights of a nano for another size of its input: the positions [1, g, g, C] of the tokens are interpolated.
+
+    Raises InputError if the models differ in more than that.
+    """
+    key, wanted = "image_encoder.pos_embed", {k: v.shape for k, v in sam.state_dict().items()}
+    if key in state and state[key].ndim == 4:
+        positions = F.interpolate(state[key].permute(0, 3, 1, 2), wanted[key][1:3], mode="bicubic", antialias=True)
+        state = {**state, key: positions.permute(0, 2, 3, 1)}
+    if {k: v.shape for k, v in state.items()} != wanted:
+        raise InputError(
+            "the weights to begin with are of a model of another shape: give the same --set shape. options"
+        )
+    return state
 
 
 def optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
