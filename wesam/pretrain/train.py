@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from wesam.data.scenes import TRAINING, Style
 from wesam.errors import InputError
@@ -29,6 +29,9 @@ from wesam.sam.promptable import decode_outputs, encode
 
 WARMUP = 200
 """Steps over which the learning rate rises."""
+
+BALANCED = 4000
+"""New weights stay at empty masks unless inside and outside count the same; over these steps that fades."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +123,10 @@ class Trainer:
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         torch.manual_seed(options.seed)
         self.model = Training(options.shape).to(device)
+        self._trained = start is not None
         if start and not saved:
             self.model.sam.load_state_dict(resized(read_weights(start), self.model.sam))
-        self.average = AveragedModel(self.model.sam, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=False)
+        self.average = AveragedModel(self.model.sam, avg_fn=_latest, use_buffers=False)
         self.optimizers = optimizers(self.model, options.lr)
         self.schedule = Schedule(options)
         self.step = 0
@@ -161,8 +165,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16):
             embedding = encode(sam, batch.images)
             logits, iou = decode_outputs(sam, embedding, batch.prompts, 4 if self.options.multimask else 1)
-        # new weights stay at empty masks unless inside and outside count the same; later that matters less
-        balance = 1.0 - 0.8 * min(1.0, self.step / (0.4 * self.options.steps))
+        balance = 1.0 - 0.8 * (1.0 if self._trained else min(1.0, self.step / BALANCED))
         loss = all_masks_loss(logits.float(), iou.float(), truth, balance, self.options.multimask)
         if self.options.affinity:
             loss = loss + self.options.affinity * self.model.affinity(embedding.float(), batch.labels, rng)
@@ -201,6 +204,11 @@ class Trainer:
         dist.all_reduce(flat)
         for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             g.copy_(part.view_as(g) / self.world)
+
+
+def _latest(average: Tensor, now: Tensor, count: Tensor | int) -> Tensor:
+    """The average of about the latest thousand steps; of fewer in the beginning, lest the first weights stay in it."""
+    return average.lerp(now, 1 - min(0.999, (1 + int(count)) / (10 + int(count))))
 
 
 def resized(state: dict[str, Tensor], sam: Sam) -> dict[str, Tensor]:
