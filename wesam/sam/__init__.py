@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from wesam.errors import InputError, unknown
 from wesam.sam import checkpoints
+from wesam.sam.attention import fuse
 from wesam.sam.nano import build_nano
 from wesam.sam.tiny import build_tiny, from_mobile_sam
 
@@ -38,6 +40,10 @@ class Entry:
         return checkpoints.home() / self.file if self.url else Path(str(files("wesam") / "weights" / self.file))
 
 
+def _published(name: str) -> Sam:
+    return fuse(sam_model_registry[name]())
+
+
 _META = "https://dl.fbaipublicfiles.com/segment_anything/"
 _MOBILE = "https://raw.githubusercontent.com/ChaoningZhang/MobileSAM/f706ad9c4eb7f219c00d9050e46328518ffb65d2/weights/"
 REGISTRY = {
@@ -47,15 +53,15 @@ REGISTRY = {
         "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
     ),
     "vit_b": Entry(
-        sam_model_registry["vit_b"], "SAM, as published", "sam_vit_b_01ec64.pth", _META + "sam_vit_b_01ec64.pth",
+        partial(_published, "vit_b"), "SAM, as published", "sam_vit_b_01ec64.pth", _META + "sam_vit_b_01ec64.pth",
         "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
     ),
     "vit_l": Entry(
-        sam_model_registry["vit_l"], "SAM, as published", "sam_vit_l_0b3195.pth", _META + "sam_vit_l_0b3195.pth",
+        partial(_published, "vit_l"), "SAM, as published", "sam_vit_l_0b3195.pth", _META + "sam_vit_l_0b3195.pth",
         "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
     ),
     "vit_h": Entry(
-        sam_model_registry["vit_h"], "SAM, as published", "sam_vit_h_4b8939.pth", _META + "sam_vit_h_4b8939.pth",
+        partial(_published, "vit_h"), "SAM, as published", "sam_vit_h_4b8939.pth", _META + "sam_vit_h_4b8939.pth",
         "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
     ),
 }  # fmt: skip
