@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from segment_anything.modeling import Sam
 from torch import Tensor
+from torch.profiler import record_function
 
 from wesam.adapters import AdaptedSam
 from wesam.anchor import Anchor
@@ -72,10 +73,10 @@ def adapt(
         raise InputError(f"optim.batch_size {config.optim.batch_size} is less than the {world} workers that share it")
     method = get_method(config.method)
     decay = config.teacher.decay
-    model = AdaptedSam(sam, config.lora, teacher=decay > 0, seed=config.seed, crop=config.crop)
+    model = AdaptedSam(sam, config.lora, teacher=decay > 0, seed=config.seed, crop=config.crop, compute=config.compute)
     parameters = model.trainable()
     optimizer = torch.optim.Adam(parameters, config.optim.lr, weight_decay=config.optim.weight_decay)
-    anchor = _anchor(sam, domain, config.prompt, config.crop)
+    anchor = _anchor(sam, domain, config)
     val = domain.split("val")
 
     def scores() -> Scores:
@@ -89,22 +90,39 @@ def adapt(
         for group in optimizer.param_groups:
             group["lr"] = config.optim.lr * warmup(step, config)
         batch = draw(anchor, config, step, method, rank, world)
-        losses = {k: _mean_over_images(v, batch.image, config) for k, v in method.losses(model, batch, config).items()}
-        total = torch.stack(list(losses.values())).sum()
-        optimizer.zero_grad()
-        total.backward()
-        values = _sum_over_workers(parameters, torch.stack([*(v.detach() for v in losses.values()), total.detach()]))
-        if not values.isfinite().all():
-            raise FloatingPointError(f"loss is not finite at step {step + 1}: lower optim.lr or optim.clip_norm")
-        if config.optim.clip_norm:
-            torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
-        optimizer.step()
-        model.follow(decay)
+        try:
+            named = train(model, optimizer, batch, method, config)
+        except FloatingPointError as e:
+            raise FloatingPointError(f"{e}, at step {step + 1}: lower optim.lr or optim.clip_norm") from None
         seconds = time.perf_counter() - began
         last = step + 1 == config.steps
         found = scores() if last or (step + 1) % config.eval_every == 0 else None
-        named = dict(zip([*losses, "total"], values.tolist(), strict=True))
         yield Report(step + 1, config.steps, named, seconds, found, model, optimizer)
+
+
+def train(
+    model: AdaptedSam, optimizer: torch.optim.Adam, batch: Batch, method: Method, config: Config
+) -> dict[str, float]:
+    """One optimisation step on this worker's part of the batch; each weighted loss and their ``total``.
+
+    Raises FloatingPointError, before any weight is changed, if the loss is not finite.
+    """
+    parameters = model.trainable()
+    with record_function("wesam.losses"):
+        losses = {k: _mean_over_images(v, batch.image, config) for k, v in method.losses(model, batch, config).items()}
+        total = torch.stack(list(losses.values())).sum()
+    with record_function("wesam.backward"):
+        optimizer.zero_grad()
+        total.backward()
+    with record_function("wesam.optimizer"):
+        values = _sum_over_workers(parameters, torch.stack([*(v.detach() for v in losses.values()), total.detach()]))
+        if not values.isfinite().all():
+            raise FloatingPointError("loss is not finite")
+        if config.optim.clip_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
+        optimizer.step()
+        model.follow(config.teacher.decay)
+    return dict(zip([*losses, "total"], values.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -179,14 +197,14 @@ def draw(anchor: Anchor, config: Config, step: int, method: Method, rank: int = 
     )
 
 
-_ANCHORS: WeakKeyDictionary[Sam, dict[tuple[str, str, PromptKind, float], Anchor]] = WeakKeyDictionary()
+_ANCHORS: WeakKeyDictionary[Sam, dict[tuple[str, str, PromptKind, float, str], Anchor]] = WeakKeyDictionary()
 
 
-def _anchor(sam: Sam, domain: Domain, prompt: PromptKind, crop: float) -> Anchor:
+def _anchor(sam: Sam, domain: Domain, config: Config) -> Anchor:
     """The anchor's answers, shared by all adaptations of this model to this domain in this process."""
     kept = _ANCHORS.setdefault(sam, {})
-    key = (domain.name, domain.digest, prompt, crop)
-    return kept.setdefault(key, Anchor(sam, domain.split("train"), prompt, crop))
+    key = (domain.name, domain.digest, config.prompt, config.crop, config.compute.precision)
+    return kept.setdefault(key, Anchor(sam, domain.split("train"), config.prompt, config.crop, config.compute))
 
 
 def _generator(*words: int) -> torch.Generator:

@@ -17,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
-from wesam.config import Config, LoraConfig, Targets
+from wesam.config import ComputeConfig, Config, LoraConfig, Targets
 from wesam.errors import InputError
+from wesam.sam.attention import checkpoint_blocks
 
 _BLOCK = r"image_encoder\.(stages\.\d+\.)?blocks\.\d+\."  # of SAM's ViT, and of TinyViT
 _TARGETS: dict[Targets, str] = {
@@ -36,14 +37,27 @@ class AdaptedSam:
 
     sam: the frozen source model; it is shared and never changed. lora: where the matrices sit. teacher: whether the
     teacher has matrices of its own, a moving average; otherwise it is the student. seed: of the matrices A. crop:
-    how it sees a prompt, as :func:`wesam.predict` has it.
+    how it sees a prompt, as :func:`wesam.predict` has it. compute: how the steps of training are computed.
     """
 
-    def __init__(self, sam: Sam, lora: LoraConfig, *, teacher: bool = False, seed: int = 0, crop: float = 0.0) -> None:
+    def __init__(
+        self, sam: Sam, lora: LoraConfig, *, teacher: bool = False, seed: int = 0, crop: float = 0.0,
+        compute: ComputeConfig | None = None,
+    ) -> None:  # fmt: skip
         self.anchor = sam
         self.crop = crop
+        self.compute = compute or ComputeConfig()
         self._peft = _wrap(sam, _peft_config(sam, lora), seed)
         self._teacher = _wrap(sam, _peft_config(sam, lora), seed) if teacher else self._peft
+        if self.compute.checkpointing:
+            checkpoint_blocks(self.sam)
+        if self.compute.compile:
+            for model in {id(m): m for m in (self.sam, self.teacher)}.values():
+                model.image_encoder.compile()
+
+    def autocast(self) -> torch.autocast:
+        """The precision of a training step's forward passes, for a ``with`` statement."""
+        return autocast(self.anchor, self.compute)
 
     @property
     def sam(self) -> Sam:
@@ -104,7 +118,7 @@ class AdaptedSam:
             raise InputError(f"the adapter in {directory} is for the model {made_for}, not {_name(sam)}")
         config.inference_mode = False
         self = cls.__new__(cls)
-        self.anchor, self.crop = sam, Config(crop=crop).crop
+        self.anchor, self.crop, self.compute = sam, Config(crop=crop).crop, ComputeConfig()
         self._peft = self._teacher = _wrap(sam, config, 0)
         expected = {
             k: v.shape for k, v in peft.get_peft_model_state_dict(self._peft, save_embedding_layers=False).items()
@@ -113,6 +127,15 @@ class AdaptedSam:
             raise InputError(f"the adapter in {directory} does not fit its own configuration: names or shapes differ")
         peft.set_peft_model_state_dict(self._peft, state)
         return self
+
+
+def autocast(sam: Sam, compute: ComputeConfig) -> torch.autocast:
+    """The precision of forward passes of this model, for a ``with`` statement."""
+    kind = sam.pixel_mean.device.type
+    half = compute.precision == "bf16" or (
+        compute.precision == "auto" and kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+    return torch.autocast(kind, torch.bfloat16, enabled=half)
 
 
 def _state(model: peft.PeftModel) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 from torch.nn import functional as F
 
-from wesam.config import PromptKind
+from wesam.adapters import autocast
+from wesam.config import ComputeConfig, PromptKind
 from wesam.crops import WHOLE, cut, inside, windows
 from wesam.data.domain import Sample
 from wesam.losses import pooled
@@ -58,8 +59,12 @@ class Answer:
 class Anchor:
     """The training images of a domain with the anchor's answers, each made when first asked for and then kept."""
 
-    def __init__(self, sam: Sam, split: Sequence[Sample], prompt: PromptKind, crop: float = 0.0) -> None:
+    def __init__(
+        self, sam: Sam, split: Sequence[Sample], prompt: PromptKind, crop: float = 0.0,
+        compute: ComputeConfig | None = None,
+    ) -> None:  # fmt: skip
         self.sam = sam
+        self._compute = compute or ComputeConfig()
         self._split, self._prompt, self._crop = split, prompt, crop
         self._labels: dict[int, Prompts] = {}
         self._prepared: dict[Place, Prepared] = {}
@@ -103,10 +108,12 @@ class Anchor:
             item = self.prepared(place)
             size = (item.image.shape[1], item.image.shape[2])
             prompts = item.prompts.flipped(*flips, size)
-            embedding = encode(self.sam, [flip(item.image, *flips)])
+            with autocast(self.sam, self._compute):
+                embedding = encode(self.sam, [flip(item.image, *flips)])
             masks, features = [], []
             for part in torch.arange(len(prompts)).split(CHUNK):
-                mask = decode(self.sam, embedding, [prompts[part]]).logits > 0
+                with autocast(self.sam, self._compute):
+                    mask = decode(self.sam, embedding, [prompts[part]]).logits > 0
                 features.append(pooled(embedding, torch.zeros_like(part), mask))
                 masks.append(mask)
             self._answers[at] = Answer(torch.cat(masks), torch.cat(features))

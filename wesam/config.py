@@ -17,6 +17,7 @@ from wesam.errors import InputError, unknown
 
 PromptKind = Literal["box", "point", "coarse"]
 Targets = Literal["qkv", "attention", "encoder", "encoder+decoder"]
+Precision = Literal["auto", "fp32", "bf16"]
 Value = int | float | bool | str
 
 
@@ -109,6 +110,17 @@ class OptimConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComputeConfig(_Checked):
+    """How the steps are computed; what they are is the same, but for rounding."""
+
+    precision: Precision = _hp(
+        "auto", "auto: bf16 autocast on a GPU that has it, else fp32; evaluations are always in fp32"
+    )
+    checkpointing: bool = _hp(False, "keep less for the backward pass and compute it again: slower, far less memory")
+    compile: bool = _hp(False, "torch.compile the encoder: a slow first step, then faster ones on a GPU")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config(_Checked):
     """One adaptation: the method, its budget, and all its hyperparameters."""
 
@@ -126,6 +138,7 @@ class Config(_Checked):
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -45,7 +45,9 @@ def pooled(features: Tensor, image: Tensor, masks: Tensor) -> Tensor:
     g = features.shape[-1]
     cover = F.avg_pool2d(masks.float()[:, None], masks.shape[-1] // g)[:, 0].flatten(1)
     cover = cover / cover.sum(1, keepdim=True).clamp(min=1e-6)
-    return torch.einsum("nk,nck->nc", cover, features.flatten(2)[image])
+    # every mask over every image, and then its own: the feature maps are not repeated for each prompt
+    everywhere = torch.einsum("nk,bck->nbc", cover, features.flatten(2))
+    return everywhere[torch.arange(len(image), device=image.device), image]
 
 
 def contrastive(branch: Tensor, anchor: Tensor, image: Tensor, temperature: float = 0.3) -> Tensor:

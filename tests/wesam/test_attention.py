@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -13,10 +14,11 @@ from torch import Tensor
 
 import wesam.sam.attention
 from wesam.adapters import AdaptedSam
-from wesam.config import LoraConfig
+from wesam.config import ComputeConfig, LoraConfig
 from wesam.prompts import Prompts
 from wesam.sam.attention import Attention, _by_kernel, _in_parts, fuse
 from wesam.sam.promptable import decode, encode
+from wesam.sam.tiny import build_tiny
 
 
 def small_vit() -> Sam:
@@ -124,6 +126,48 @@ def test_gradients_of_lora_equal_those_of_segment_anything() -> None:
         assert wanted is not None
         assert found is not None
         assert (found - wanted).norm() <= 1e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("build", [small_vit, lambda: build_tiny(64).eval().requires_grad_(False)], ids=["vit", "tiny"])
+def test_checkpointing_changes_no_gradient(build: Callable[[], Sam]) -> None:
+    torch.manual_seed(0)
+    sam = build()
+    image = torch.randint(0, 256, (3, sam.image_encoder.img_size, 50), dtype=torch.uint8)
+    gradients, kept = [], []
+    for on in (False, True):
+        model = AdaptedSam(sam, LoraConfig(targets="encoder"), compute=ComputeConfig(checkpointing=on))
+        for i, p in enumerate(model.trainable()):
+            torch.nn.init.normal_(p, 0, 0.1, generator=torch.Generator().manual_seed(i))
+        count = 0
+
+        def keep(x: Tensor) -> Tensor:
+            nonlocal count
+            count += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = encode(model.sam, [image]).square().mean()
+        loss.backward()
+        gradients.append([p.grad for p in model.trainable()])
+        kept.append(count)
+    for plain, checkpointed in zip(*gradients, strict=True):
+        assert plain is not None
+        assert checkpointed is not None
+        assert torch.allclose(plain, checkpointed)
+    assert kept[1] < kept[0] / 2
+
+
+def test_steps_in_half_precision_differ_by_rounding_only(sam: Sam) -> None:
+    model = AdaptedSam(sam, LoraConfig(), compute=ComputeConfig(precision="bf16"))
+    image = torch.randint(0, 256, (3, 192, 192), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    boxes = [Prompts(boxes=torch.tensor([[20.0, 30, 90, 120]]))]
+    with torch.no_grad():
+        exact = decode(model.sam, encode(model.sam, [image]), boxes)
+        with model.autocast():
+            rounded = decode(model.sam, encode(model.sam, [image]), boxes)
+    assert rounded.logits.dtype == torch.float32
+    assert not torch.equal(rounded.logits, exact.logits)
+    assert ((rounded.logits > 0) != (exact.logits > 0)).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("attend", [_in_parts, _by_kernel])

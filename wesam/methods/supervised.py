@@ -15,7 +15,8 @@ def losses(model: AdaptedSam, batch: Batch, config: Config) -> dict[str, Tensor]
     """Focal, dice and IoU loss against the real masks on the weak view, each [N]."""
     assert batch.truth is not None
     c = config.loss
-    out = decode(model.sam, encode(model.sam, batch.weak), batch.prompts)
+    with model.autocast():
+        out = decode(model.sam, encode(model.sam, batch.weak), batch.prompts)
     return {
         "focal": c.focal * L.focal(out.logits, batch.truth, 0.5, c.focal_gamma),
         "dice": c.dice * L.dice(out.logits, batch.truth),

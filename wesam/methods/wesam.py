@@ -22,11 +22,12 @@ def losses(model: AdaptedSam, batch: Batch, config: Config) -> dict[str, Tensor]
     """
     c, t = config.loss, config.teacher
     shared = t.decay == 0
-    with torch.set_grad_enabled(shared):
-        teacher_map = encode(model.teacher, batch.weak)
-        teacher = decode(model.teacher, teacher_map, batch.prompts).logits
-    student_map = encode(model.sam, batch.strong)
-    student = decode(model.sam, student_map, batch.prompts)
+    with model.autocast():
+        with torch.set_grad_enabled(shared):
+            teacher_map = encode(model.teacher, batch.weak)
+            teacher = decode(model.teacher, teacher_map, batch.prompts).logits
+        student_map = encode(model.sam, batch.strong)
+        student = decode(model.sam, student_map, batch.prompts)
 
     boxes = None
     if c.tightness or t.cut_to_box:

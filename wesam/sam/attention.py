@@ -9,12 +9,14 @@ of scores at a time are made, in the forward and again in the backward pass, sma
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from segment_anything.modeling import Sam, image_encoder
-from torch import Tensor
+from timm.models.tiny_vit import TinyVitBlock
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 SCORES = 2 * 2**20
 """Scores that are there at a time on a CPU: 8 MiB."""
@@ -26,6 +28,21 @@ def fuse(sam: Sam) -> Sam:
         if type(module) is image_encoder.Attention and module.use_rel_pos:
             module.__class__ = Attention
     return sam
+
+
+def checkpoint_blocks(sam: Sam) -> None:
+    """Makes the encoder keep only what enters each block for the backward pass, and compute the rest again there."""
+    for module in sam.image_encoder.modules():
+        if isinstance(module, (image_encoder.Block, TinyVitBlock)):
+            kind = type(module)
+            module.__class__ = type(kind.__name__, (_Checkpointed, kind), {})
+
+
+class _Checkpointed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return cast(Tensor, super().forward(x))
+        return cast(Tensor, checkpoint(super().forward, x, use_reentrant=False))
 
 
 class Attention(image_encoder.Attention):  # type: ignore[misc]

@@ -11,6 +11,7 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor
 from torch.nn import functional as F
+from torch.profiler import record_function
 
 from wesam.prompts import Prompts
 
@@ -37,12 +38,13 @@ def resize(image: Tensor, side: int) -> Tensor:
 
 
 def encode(sam: Sam, images: list[Tensor]) -> Tensor:
-    """Embeddings [B, C, g, g] of images, each uint8 [3, h, w] with its longer side at the model's input size."""
+    """Embeddings, float [B, C, g, g], of images, each uint8 [3, h, w] with its longer side at the input size."""
     side = sam.image_encoder.img_size
     mean, std = sam.pixel_mean, sam.pixel_std
     padded = [F.pad((x.to(mean.device) - mean) / std, (0, side - x.shape[2], 0, side - x.shape[1])) for x in images]
-    out: Tensor = sam.image_encoder(torch.stack(padded))
-    return out
+    with record_function("wesam.encode"):
+        out: Tensor = sam.image_encoder(torch.stack(padded))
+        return out.float()
 
 
 def decode(sam: Sam, embeddings: Tensor, prompts: list[Prompts]) -> Masks:
@@ -51,8 +53,9 @@ def decode(sam: Sam, embeddings: Tensor, prompts: list[Prompts]) -> Masks:
     embeddings: [B, C, g, g]. prompts: one entry per image, in the frame of the resized image. One mask a prompt:
     the first output token, as SAM gives with ``multimask_output=False``.
     """
-    logits, iou = decode_outputs(sam, embeddings, prompts, 1)
-    return Masks(logits[:, 0], iou[:, 0])
+    with record_function("wesam.decode"):
+        logits, iou = decode_outputs(sam, embeddings, prompts, 1)
+        return Masks(logits[:, 0].float(), iou[:, 0].float())
 
 
 def decode_outputs(sam: Sam, embeddings: Tensor, prompts: list[Prompts], count: int) -> tuple[Tensor, Tensor]:
