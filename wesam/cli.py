@@ -1,4 +1,4 @@
-"""The command ``wesam``: models, fetch, domains, evaluate, adapt, predict."""
+"""The command ``wesam``: models, fetch, domains, evaluate, adapt, compare, bench, predict."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from segment_anything.modeling import Sam
 
 from wesam.adapt import Report, adapt, keep_best
 from wesam.adapters import AdaptedSam
+from wesam.bench import bench_step
 from wesam.compare import compare
 from wesam.config import PRESETS, Config, PromptKind, method_preset, preset
 from wesam.console import Parser, guarded, json_file, table, write_json
@@ -28,7 +29,7 @@ from wesam.evaluate import baseline, evaluate, predict
 from wesam.methods import METHODS, get_method
 from wesam.overlay import overlay
 from wesam.prompts import Prompts
-from wesam.sam import REGISTRY, describe, fetch_model, load_sam, model_names
+from wesam.sam import REGISTRY, describe, fetch_model, load_sam, model_names, random_sam
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,6 +52,9 @@ def _parser() -> Parser:
             "--model", default="nano",
             help=f"one of {', '.join(model_names())}, or a file with weights of one (default: nano)",
         )  # fmt: skip
+        p.add_argument(
+            "--device", type=_device, default=_device("auto"), help="cpu or cuda (default: cuda if it is there)"
+        )
 
     def data(p: argparse.ArgumentParser) -> None:
         names = ", ".join(domain_names())
@@ -107,6 +111,22 @@ def _parser() -> Parser:
     p.add_argument("--methods", nargs="+", default=["wesam", "supervised"], metavar="METHOD")
     p.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default: 3)")
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a hyperparameter of every method")
+    result(p)
+
+    benches = commands.add_parser("bench", help="Measure what a step costs.", description="Measure what a step costs.")
+    kinds = benches.add_subparsers(title="what", required=True, metavar="WHAT", parser_class=Parser)
+    text = "One step of an adaptation, on random images with random boxes: seconds, operations, memory, parts."
+    p = kinds.add_parser("step", help=text, description=text + " Without its weights, the model has random ones.")
+    p.set_defaults(run=_bench)
+    model(p)
+    p.add_argument("--img", type=int, help="pixels of the side of the images: the model's own")
+    p.add_argument("--instances", type=int, default=8, help="boxes an image (default: 8)")
+    p.add_argument("--batch", type=int, default=1, help="images (default: 1)")
+    p.add_argument("--steps", type=int, default=3, help="steps to take the median of (default: 3)")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE",
+        help="a hyperparameter, as in teacher.decay=0.99; the others are the paper's",
+    )  # fmt: skip
     result(p)
 
     p = command("predict", _predict, "Segment one object of an image.")
@@ -169,7 +189,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _adapt(args: argparse.Namespace) -> None:
-    sam, domain = load_sam(args.model), load_domain(args.domain)
+    sam, domain = load_sam(args.model).to(args.device), load_domain(args.domain)
     start = preset(args.preset) if args.preset else method_preset(args.model, args.method or "wesam")
     method = args.method or start.method
     get_method(method)
@@ -203,7 +223,7 @@ def _adapt(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    sam, domain = load_sam(args.model), load_domain(args.domain)
+    sam, domain = load_sam(args.model).to(args.device), load_domain(args.domain)
     if args.seeds < 1:
         raise InputError(f"--seeds must be at least 1, got {args.seeds}")
     changes = {"prompt": args.prompt} | ({} if args.crop is None else {"crop": args.crop})
@@ -214,6 +234,34 @@ def _compare(args: argparse.Namespace) -> None:
     }  # fmt: skip
     print(table([{k: v for k, v in row.items() if not isinstance(v, list)}]))
     write_json(args.json, row)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    for name in ("instances", "batch", "steps"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    config = preset("paper").parse([f"optim.batch_size={args.batch}", *_set(args)])
+    try:
+        sam = load_sam(args.model)
+    except InputError:
+        if args.model not in REGISTRY:
+            raise
+        print(f"no weights of {args.model} here: random ones do for this", file=sys.stderr)
+        sam = random_sam(args.model)
+    side = sam.image_encoder.img_size
+    if args.img not in (None, side):
+        raise InputError(f"{args.model} takes images of {side} px, not of {args.img}")
+    sam = sam.to(args.device)
+    found = bench_step(sam, config, args.instances, args.steps, watch=_line)
+    _line("")
+    row = {
+        "model": args.model, "img": side, "instances": args.instances, "batch": args.batch, "device": args.device,
+        **dataclasses.asdict(found),
+    }  # fmt: skip
+    parts = row.pop("parts")
+    print(table([row]))
+    print(table([{"of a step": "share", **parts}]))
+    write_json(args.json, {**row, "parts": parts, "config": config.flat(), "torch": torch.__version__})
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -230,8 +278,20 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _model(args: argparse.Namespace) -> Sam | AdaptedSam:
-    sam = load_sam(args.model)
+    sam = load_sam(args.model).to(args.device)
     return AdaptedSam.load(sam, args.adapter) if args.adapter else sam
+
+
+def _device(text: str) -> str:
+    """What ``--device`` is given, if it is there."""
+    there = torch.cuda.is_available()
+    if text == "auto":
+        return "cuda" if there else "cpu"
+    if text.partition(":")[0] not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text} is neither cpu nor cuda")
+    if text != "cpu" and not there:
+        raise argparse.ArgumentTypeError("this machine has no GPU that PyTorch can use")
+    return text
 
 
 def _numbers(text: str, what: str, counts: tuple[int, ...]) -> list[float]:

@@ -114,6 +114,15 @@ def load_sam(model: str = "nano") -> Sam:
     return sam.eval().requires_grad_(False)
 
 
+def random_sam(name: str, seed: int = 0) -> Sam:
+    """A SAM of this name with random weights, frozen and in evaluation mode: for measuring what it costs."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sam = REGISTRY[name].build()
+    sam.name_or_path = f"{name}-random"
+    return sam.eval().requires_grad_(False)
+
+
 def describe(name: str) -> tuple[int, int]:
     """The number of parameters of a model, and its input's side in pixels."""
     with torch.device("meta"):
