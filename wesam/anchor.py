@@ -1,15 +1,19 @@
 """What the frozen anchor says about every training image, computed once and kept.
 
 The model is frozen, the prompts are given once, and an image is seen whole or in the window around one of its prompts,
-in four flips; so all that the losses ever ask of the
-anchor are constants: each prompt's mask and the average of the anchor's features over it.
+in four flips; so all that the losses ever ask of the anchor are constants: each prompt's mask and the average of the
+anchor's features over it. They are kept on disk too, in ``anchors`` in the folder of the weights, some ten kilobytes a
+prompt, for all trials and workers of a machine; the folder may be deleted at any time.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from segment_anything.modeling import Sam
 from torch import Tensor
@@ -21,8 +25,13 @@ from wesam.crops import WHOLE, cut, inside, windows
 from wesam.data.domain import Sample
 from wesam.losses import pooled
 from wesam.prompts import Prompts, weak_labels
+from wesam.sam.checkpoints import home
 from wesam.sam.promptable import decode, encode, resize
+from wesam.store import Store
 from wesam.views import flip
+
+FORMAT = 1
+"""Changes whenever the same inputs give other answers, or they are kept in another form."""
 
 CHUNK = 64
 """Prompts decoded at once."""
@@ -68,7 +77,8 @@ class Anchor:
         self._split, self._prompt, self._crop = split, prompt, crop
         self._labels: dict[int, Prompts] = {}
         self._prepared: dict[Place, Prepared] = {}
-        self._answers: dict[tuple[Place, Flips], Answer] = {}
+        self._answers: dict[tuple[Place, Flips], dict[str, Tensor]] = {}
+        self._store = Store(home() / "anchors")
 
     def __len__(self) -> int:
         return len(self._split)
@@ -106,18 +116,42 @@ class Anchor:
         at = (place, flips)
         if at not in self._answers:
             item = self.prepared(place)
-            size = (item.image.shape[1], item.image.shape[2])
-            prompts = item.prompts.flipped(*flips, size)
+            view = flip(item.image, *flips)
+            prompts = item.prompts.flipped(*flips, (view.shape[1], view.shape[2]))
+            name = self._name(view, prompts)
+            kept = self._store.get(name)
+            if kept is None:
+                kept = self._ask(view, prompts)
+                self._store.put(name, kept)
+            self._answers[at] = kept
+        kept = self._answers[at]
+        cells = 4 * self.sam.prompt_encoder.image_embedding_size[1]
+        bits = np.unpackbits(kept["masks"].numpy(), axis=2, count=cells).view(bool)
+        return Answer(torch.from_numpy(bits), kept["features"])
+
+    def _ask(self, view: Tensor, prompts: Prompts) -> dict[str, Tensor]:
+        """The anchor's answers: its features, float [N, C], and masks with eight cells of a row in a byte."""
+        with autocast(self.sam, self._compute):
+            embedding = encode(self.sam, [view])
+        masks, features = [], []
+        for part in torch.arange(len(prompts)).split(CHUNK):
             with autocast(self.sam, self._compute):
-                embedding = encode(self.sam, [flip(item.image, *flips)])
-            masks, features = [], []
-            for part in torch.arange(len(prompts)).split(CHUNK):
-                with autocast(self.sam, self._compute):
-                    mask = decode(self.sam, embedding, [prompts[part]]).logits > 0
-                features.append(pooled(embedding, torch.zeros_like(part), mask))
-                masks.append(mask)
-            self._answers[at] = Answer(torch.cat(masks), torch.cat(features))
-        return self._answers[at]
+                mask = decode(self.sam, embedding, [prompts[part]]).logits > 0
+            features.append(pooled(embedding, torch.zeros_like(part, device=mask.device), mask))
+            masks.append(mask)
+        packed = np.packbits(torch.cat(masks).cpu().numpy(), axis=2)
+        return {"masks": torch.from_numpy(packed), "features": torch.cat(features).cpu()}
+
+    def _name(self, view: Tensor, prompts: Prompts) -> str:
+        """A digest of all that makes an answer: weights, pixels, prompts, precision, and the form it is kept in."""
+        half = autocast(self.sam, self._compute)
+        digest = hashlib.blake2b(f"{FORMAT} {half.device} {half._enabled}".encode(), digest_size=24)
+        digest.update(_weights_digest(self.sam))
+        for part in (view, prompts.boxes, prompts.points, prompts.point_labels, *(prompts.polygons or ())):
+            if part is not None:
+                digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
+                digest.update(part.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def truth(self, place: Place, flips: Flips, chosen: Tensor) -> Tensor:
         """The true masks of the chosen instances, flipped, in SAM's low-resolution frame: covered share, [n, m, m]."""
@@ -127,3 +161,17 @@ class Anchor:
         small = F.interpolate(item.masks[chosen][:, None].float(), (h, w), mode="area")[:, 0]
         padded = F.pad(flip(small, *flips), (0, side - w, 0, side - h))
         return F.avg_pool2d(padded, side // (4 * self.sam.prompt_encoder.image_embedding_size[0]))
+
+
+_DIGESTS: WeakKeyDictionary[Sam, bytes] = WeakKeyDictionary()
+
+
+def _weights_digest(sam: Sam) -> bytes:
+    """A digest of the model's weights, which are frozen: made once."""
+    if sam not in _DIGESTS:
+        digest = hashlib.blake2b(digest_size=24)
+        for name, value in sam.state_dict().items():
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        _DIGESTS[sam] = digest.digest()
+    return _DIGESTS[sam]
