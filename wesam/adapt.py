@@ -217,8 +217,8 @@ def _generator(*words: int) -> torch.Generator:
 
 def _mean_over_images(values: Tensor, image: Tensor, config: Config) -> Tensor:
     """Per prompt [N] -> mean over an image's prompts, then over all images of the step, those of other workers too."""
-    sizes = image.bincount()
-    return (values / sizes[image]).sum() / config.optim.batch_size
+    prompts = (image[:, None] == image[None, :]).sum(1)
+    return (values / prompts).sum() / config.optim.batch_size
 
 
 def _sum_over_workers(parameters: list[torch.nn.Parameter], values: Tensor) -> Tensor:

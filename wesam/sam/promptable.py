@@ -65,9 +65,7 @@ def decode_outputs(sam: Sam, embeddings: Tensor, prompts: list[Prompts], count: 
     embeddings, prompts: as :func:`decode` has them.
     """
     device = embeddings.device
-    image = torch.repeat_interleave(
-        torch.arange(len(prompts), device=device), torch.tensor([len(p) for p in prompts], device=device)
-    )
+    image = torch.tensor([i for i, p in enumerate(prompts) for _ in range(len(p))], device=device)
     sparse, dense = _embed(sam, Prompts.concatenate(prompts), device)
     decoder = sam.mask_decoder
     tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
