@@ -24,10 +24,10 @@ from wesam.prompts import tight_boxes
 from wesam.sam.nano import Shape, build_nano
 
 CPU = torch.device("cpu")
-TINY = Shape(side=64, patch=4, stem=True, width=48, depth=2, heads=2, window=4, whole=(1,), channels=32)
+TINY = Shape(side=64, patch=4, width=48, depth=2, heads=2, window=4, whole=(1,), channels=32)
 SMALL = [
     "--device=cpu", "--workers=0", "--set=batch=2", "--set=prompts=2", "--set=fresh=1", "--set=steps=42",
-    "--set=every=21", "--set=shape.side=64", "--set=shape.patch=4", "--set=shape.stem=true", "--set=shape.width=48",
+    "--set=every=21", "--set=shape.side=64", "--set=shape.patch=4", "--set=shape.width=48",
     "--set=shape.depth=2", "--set=shape.heads=2", "--set=shape.window=4", "--set=shape.whole=1",
     "--set=shape.channels=32",
 ]  # fmt: skip
