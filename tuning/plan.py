@@ -16,7 +16,7 @@ from wesam.config import PRESETS, Config, PromptKind, Value, preset
 from wesam.data import Domain, domain_names, load_domain
 from wesam.errors import InputError, unknown
 from wesam.methods import get_method
-from wesam.sam import find_model
+from wesam.sam import find_model, model_names
 
 REFERENCES = ("paper", "defaults")
 """The configurations that every study tries first: the published one, and the model's own."""
@@ -151,6 +151,8 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
     """
     model, prompt = settings.get("model", "nano"), settings.get("prompt", "box")
     find_model(model)
+    if model not in model_names():  # a file: workers may have another working directory
+        model = str(Path(model).resolve())
     if prompt not in get_args(PromptKind):
         raise unknown("prompt", prompt, get_args(PromptKind))
     chosen = {"prompt": prompt, **{k: settings[k] for k in ("seed", "steps", "crop") if k in settings}}

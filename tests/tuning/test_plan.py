@@ -51,6 +51,12 @@ def test_what_has_an_option_is_given_by_it() -> None:
         plan(set={path: value for path, value in Config().flat().items() if path in DEFAULT})
 
 
+def test_a_model_may_be_a_file_which_workers_find_from_elsewhere(tmp_path: Path) -> None:
+    Path("mine.pth").touch()
+    assert plan(model="mine.pth").model == str(tmp_path / "mine.pth")
+    assert plan(model="nano").model == "nano"
+
+
 def test_the_demo_can_be_made() -> None:
     made = make_plan(DEMO, [])
     assert made.trials == 8
