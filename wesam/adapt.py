@@ -94,6 +94,8 @@ def adapt(
             named = train(model, optimizer, batch, method, config)
         except FloatingPointError as e:
             raise FloatingPointError(f"{e}, at step {step + 1}: lower optim.lr or optim.clip_norm") from None
+        except torch.OutOfMemoryError:
+            raise torch.OutOfMemoryError(_too_much(sam, config, step)) from None
         seconds = time.perf_counter() - began
         last = step + 1 == config.steps
         found = scores() if last or (step + 1) % config.eval_every == 0 else None
@@ -108,21 +110,37 @@ def train(
     Raises FloatingPointError, before any weight is changed, if the loss is not finite.
     """
     parameters = model.trainable()
-    with record_function("wesam.losses"):
-        losses = {k: _mean_over_images(v, batch.image, config) for k, v in method.losses(model, batch, config).items()}
-        total = torch.stack(list(losses.values())).sum()
-    with record_function("wesam.backward"):
-        optimizer.zero_grad()
-        total.backward()
+    optimizer.zero_grad()
+    losses = backward(model, batch, method, config)
     with record_function("wesam.optimizer"):
-        values = _sum_over_workers(parameters, torch.stack([*(v.detach() for v in losses.values()), total.detach()]))
+        values = _sum_over_workers(parameters, torch.stack(list(losses.values())))
         if not values.isfinite().all():
             raise FloatingPointError("loss is not finite")
         if config.optim.clip_norm:
             torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
         optimizer.step()
         model.follow(config.teacher.decay)
-    return dict(zip([*losses, "total"], values.tolist(), strict=True))
+    return dict(zip(losses, values.tolist(), strict=True))
+
+
+def backward(model: AdaptedSam, batch: Batch, method: Method, config: Config) -> dict[str, Tensor]:
+    """Adds this worker's gradients to the student's; each weighted loss and their ``total``, scalars."""
+    with record_function("wesam.losses"):
+        losses = {k: _mean_over_images(v, batch.image, config) for k, v in method.losses(model, batch, config).items()}
+        total = torch.stack(list(losses.values())).sum()
+    with record_function("wesam.backward"):
+        total.backward()
+    return {**{k: v.detach() for k, v in losses.items()}, "total": total.detach()}
+
+
+def _too_much(sam: Sam, config: Config, step: int) -> str:
+    """What a person can do whose GPU is too small."""
+    from wesam.memory import relief  # it runs a step of this module
+    from wesam.sam import REGISTRY
+
+    entry = REGISTRY.get(str(getattr(sam, "name_or_path", "")).partition("-")[0])
+    hint = relief(entry.build, config) if entry else "lower optim.batch_size or max_instances"
+    return f"the GPU's memory is full at step {step + 1}: {hint}"
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def bench_step(
         sam, config.lora, teacher=config.teacher.decay > 0, seed=config.seed, crop=config.crop, compute=config.compute
     )
     optimizer = torch.optim.Adam(model.trainable(), config.optim.lr)
-    batch = _random_batch(sam, config.optim.batch_size, instances)
+    batch = random_batch(sam, config.optim.batch_size, instances)
 
     def step() -> float:
         began = time.perf_counter()
@@ -83,7 +83,7 @@ def bench_step(
     return StepBench(median, flop / 1e12, peak / 2**30, parts, flop / median / chip if chip else None)
 
 
-def _random_batch(sam: Sam, size: int, instances: int) -> Batch:
+def random_batch(sam: Sam, size: int, instances: int) -> Batch:
     """Images of noise that fill the model's input, each with as many boxes of a third of its side."""
     generator = torch.Generator().manual_seed(0)
     side, grid = sam.image_encoder.img_size, sam.prompt_encoder.image_embedding_size[0]

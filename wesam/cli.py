@@ -26,6 +26,7 @@ from wesam.data import SPLITS, domain_names, load_domain
 from wesam.data.coco import read_image
 from wesam.errors import InputError
 from wesam.evaluate import baseline, evaluate, predict
+from wesam.memory import reckon
 from wesam.methods import METHODS, get_method
 from wesam.overlay import overlay
 from wesam.prompts import Prompts
@@ -69,6 +70,14 @@ def _parser() -> Parser:
         p.add_argument(
             "--crop", type=_crop, metavar="K",
             help=f"show the model a square around each prompt, K times as long; 0: the whole image ({default})",
+        )  # fmt: skip
+
+    def size(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--instances", type=int, default=8, help="boxes an image (default: 8)")
+        p.add_argument("--batch", type=int, default=1, help="images (default: 1)")
+        p.add_argument(
+            "--set", action="append", default=[], metavar="FIELD=VALUE",
+            help="a hyperparameter, as in teacher.decay=0.99; the others are the paper's",
         )  # fmt: skip
 
     def result(p: argparse.ArgumentParser) -> None:
@@ -117,16 +126,17 @@ def _parser() -> Parser:
     kinds = benches.add_subparsers(title="what", required=True, metavar="WHAT", parser_class=Parser)
     text = "One step of an adaptation, on random images with random boxes: seconds, operations, memory, parts."
     p = kinds.add_parser("step", help=text, description=text + " Without its weights, the model has random ones.")
-    p.set_defaults(run=_bench)
+    p.set_defaults(run=_bench_step)
     model(p)
+    size(p)
     p.add_argument("--img", type=int, help="pixels of the side of the images: the model's own")
-    p.add_argument("--instances", type=int, default=8, help="boxes an image (default: 8)")
-    p.add_argument("--batch", type=int, default=1, help="images (default: 1)")
     p.add_argument("--steps", type=int, default=3, help="steps to take the median of (default: 3)")
-    p.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE",
-        help="a hyperparameter, as in teacher.decay=0.99; the others are the paper's",
-    )  # fmt: skip
+    result(p)
+    text = "The memory that one step needs on a GPU, reckoned from its allocations without one."
+    p = kinds.add_parser("memory", help=text, description=text)
+    p.set_defaults(run=_bench_memory)
+    p.add_argument("--model", choices=model_names(), default="nano", help="(default: nano)")
+    size(p)
     result(p)
 
     p = command("predict", _predict, "Segment one object of an image.")
@@ -236,11 +246,34 @@ def _compare(args: argparse.Namespace) -> None:
     write_json(args.json, row)
 
 
-def _bench(args: argparse.Namespace) -> None:
+def _size(args: argparse.Namespace) -> Config:
+    """The paper's hyperparameters for what is to be measured."""
     for name in ("instances", "batch", "steps"):
-        if getattr(args, name) < 1:
+        if getattr(args, name, 1) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    config = preset("paper").parse([f"optim.batch_size={args.batch}", *_set(args)])
+    return preset("paper").parse([f"optim.batch_size={args.batch}", *_set(args)])
+
+
+def _bench_memory(args: argparse.Namespace) -> None:
+    config = _size(args)
+    rows: list[dict[str, Any]] = []
+    for precision in ("fp32", "bf16"):
+        for on in (False, True):
+            changed = config.replace({"compute.precision": precision, "compute.checkpointing": on})
+            _line(f"{precision} ...")
+            gib = reckon(REGISTRY[args.model].build, changed, args.instances)
+            rows.append({
+                "model": args.model, "batch": args.batch, "instances": args.instances, "precision": precision,
+                "checkpointing": "yes" if on else "no", "gib": gib,
+            })  # fmt: skip
+    _line("")
+    print(table(rows))
+    print("reckoned: what CUDA and its kernels need for themselves comes on top, half a gibibyte or more")
+    write_json(args.json, rows)
+
+
+def _bench_step(args: argparse.Namespace) -> None:
+    config = _size(args)
     try:
         sam = load_sam(args.model)
     except InputError:

@@ -9,6 +9,8 @@ of scores at a time are made, in the forward and again in the backward pass, sma
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -20,6 +22,19 @@ from torch.utils.checkpoint import checkpoint
 
 SCORES = 2 * 2**20
 """Scores that are there at a time on a CPU: 8 MiB."""
+
+
+_kernels: ContextVar[bool] = ContextVar("kernels", default=False)
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Within it attention is computed by PyTorch's kernels on a CPU too, as it is on a GPU."""
+    token = _kernels.set(True)
+    try:
+        yield
+    finally:
+        _kernels.reset(token)
 
 
 def fuse(sam: Sam) -> Sam:
@@ -55,7 +70,7 @@ class Attention(image_encoder.Attention):  # type: ignore[misc]
         grid = q.unflatten(2, (h, w))
         rows = torch.einsum("bnhwc,hkc->bnhwk", grid, image_encoder.get_rel_pos(h, h, self.rel_pos_h)).flatten(2, 3)
         columns = torch.einsum("bnhwc,wkc->bnhwk", grid, image_encoder.get_rel_pos(w, w, self.rel_pos_w)).flatten(2, 3)
-        attend = _by_kernel if x.is_cuda else _in_parts
+        attend = _by_kernel if x.is_cuda or _kernels.get() else _in_parts
         out = attend(q, k, v, rows, columns, self.scale).transpose(1, 2).reshape(b, h, w, -1)
         result: Tensor = self.proj(out)
         return result
