@@ -74,7 +74,7 @@ def drive(trial: Mapping[str, Any], resume: Path | None, send: Send) -> None:
     setting, config = Setting.of(trial)
     best = json.loads((resume / PROGRESS_FILE).read_text())[METRIC] if resume else 0.0
     losses: dict[str, float] = defaultdict(float)
-    seconds, count = 0.0, 0
+    seconds, waited, count = 0.0, 0.0, 0
     reports = adapt(
         source_model(setting.plan.model), load_domain(setting.domain), config, resume=resume, direct=setting.direct
     )
@@ -82,20 +82,21 @@ def drive(trial: Mapping[str, Any], resume: Path | None, send: Send) -> None:
         for report in reports:
             if report.step == 0:
                 continue
-            count, seconds = count + 1, seconds + report.seconds
+            count, seconds, waited = count + 1, seconds + report.seconds, waited + report.waited
             for name, value in report.losses.items():
                 losses[name] += value
             if report.val is None:
                 continue
             best = max(best, report.val.miou)
             metrics = {f"loss.{k}": v / count for k, v in losses.items()}
-            metrics |= {"val_miou": report.val.miou, "val_f1": report.val.f1, "seconds_per_step": seconds / count}
+            metrics |= {"val_miou": report.val.miou, "val_f1": report.val.f1}
+            metrics |= {"seconds_per_step": seconds / count, "waited": waited / seconds}
             result = {"step": report.step, "last": report.step == report.steps, METRIC: best, "metrics": metrics}
             # which checkpoint to keep: the best one, and of equals the first
             result["rank"] = report.val.miou - 1e-9 * report.step
             send(result, report)
             losses.clear()
-            seconds, count = 0.0, 0
+            seconds, waited, count = 0.0, 0.0, 0
     except FloatingPointError:
         return
 

@@ -44,6 +44,8 @@ class Report:
     """Each weighted loss and their ``total``, averaged over the step's images; empty at step 0."""
     seconds: float
     """Time of this step without its evaluation."""
+    waited: float
+    """Seconds of it until the step's images, prompts and anchor's answers were there."""
     val: Scores | None
     """Scores on val, at step 0, every ``eval_every`` steps and at the last one; None in between."""
     model: AdaptedSam = field(repr=False)
@@ -84,12 +86,13 @@ def adapt(
 
     done = _restore(resume, model, optimizer) if resume else 0
     if done == 0:
-        yield Report(0, config.steps, {}, 0.0, direct or scores(), model, optimizer)
+        yield Report(0, config.steps, {}, 0.0, 0.0, direct or scores(), model, optimizer)
     for step in range(done, config.steps):
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = config.optim.lr * warmup(step, config)
         batch = draw(anchor, config, step, method, rank, world)
+        waited = time.perf_counter() - began
         try:
             named = train(model, optimizer, batch, method, config)
         except FloatingPointError as e:
@@ -99,7 +102,7 @@ def adapt(
         seconds = time.perf_counter() - began
         last = step + 1 == config.steps
         found = scores() if last or (step + 1) % config.eval_every == 0 else None
-        yield Report(step + 1, config.steps, named, seconds, found, model, optimizer)
+        yield Report(step + 1, config.steps, named, seconds, waited, found, model, optimizer)
 
 
 def train(
