@@ -13,7 +13,7 @@ import yaml
 
 from tuning.space import Axis, Space, fixed, make_space
 from wesam.config import PRESETS, Config, PromptKind, Value, preset
-from wesam.data import Domain, domain_names, load_domain
+from wesam.data import Domain, domain_names, load_domain, parted
 from wesam.errors import InputError, unknown
 from wesam.methods import get_method
 from wesam.sam import find_model, model_names
@@ -45,7 +45,7 @@ _KEYS = {
     "name": str, "domains": list, "model": str, "prompt": str, "trials": int, "steps": int, "workers": int,
     "seed": int, "set": dict, "space": dict, "storage": str, "crop": float,
 }  # fmt: skip
-WORD = r"[\w.-]{1,100}"
+WORD = r"[\w.+-]{1,100}"
 """What names runs, registered models and folders."""
 
 _OPTIONS = ("prompt", "crop", "seed")
@@ -195,7 +195,10 @@ def _check_method(base: Config, space: Space) -> None:
 
 def _place(domain: str) -> str:
     """A folder's full path, so that the study can be resumed from anywhere; a name as it is."""
-    return domain if domain in domain_names() or not Path(domain).is_dir() else str(Path(domain).absolute())
+    base, corruption = parted(domain)
+    if base in domain_names() or not Path(base).is_dir():
+        return domain
+    return str(Path(base).absolute()) + (f"+{corruption}" if corruption else "")
 
 
 def _load(domains: tuple[str, ...]) -> list[Domain]:
@@ -204,7 +207,7 @@ def _load(domains: tuple[str, ...]) -> list[Domain]:
     loaded = [load_domain(d) for d in domains]
     for domain in loaded:
         if not re.fullmatch(WORD, domain.name):
-            raise InputError(f"a folder's name is its domain's: {domain.name!r} has more than letters, digits and -_.")
+            raise InputError(f"a folder's name is its domain's: {domain.name!r} has more than letters, digits and -_.+")
         if sum(d.name == domain.name for d in loaded) > 1:
             raise InputError(f"the domain {domain.name!r} is given twice")
     return loaded
@@ -212,7 +215,7 @@ def _load(domains: tuple[str, ...]) -> list[Domain]:
 
 def _name(text: str) -> str:
     if not re.fullmatch(WORD, text):
-        raise InputError(f"--name {text!r}: use letters, digits, '-', '_' and '.'")
+        raise InputError(f"--name {text!r}: use letters, digits, '-', '_', '+' and '.'")
     return text
 
 

@@ -60,7 +60,10 @@ def _parser() -> Parser:
     def data(p: argparse.ArgumentParser) -> None:
         names = ", ".join(domain_names())
         p.add_argument(
-            "--domain", required=True, metavar="D", help=f"{names}, or a folder with train/val/test.json in COCO format"
+            "--domain",
+            required=True,
+            metavar="D",
+            help=f"{names}, or a folder with train/val/test.json in COCO format; with +fog:5, say, corrupted",
         )
         p.add_argument(
             "--prompt", choices=get_args(PromptKind), default="box", help="kind of weak label (default: box)"

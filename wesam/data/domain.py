@@ -31,7 +31,7 @@ class Split(Sequence[Sample]):
     """The images of one split, read when asked for and then kept while they fit."""
 
     def __init__(self, size: int, read: Callable[[int], Sample]) -> None:
-        self._read = read
+        self.read = read
         self._kept: list[Sample | None] = [None] * size
         self._bytes = 0
 
@@ -47,7 +47,7 @@ class Split(Sequence[Sample]):
             return [self[i] for i in range(*index.indices(len(self)))]
         sample = self._kept[index]
         if sample is None:
-            sample = self._read(range(len(self))[index])
+            sample = self.read(range(len(self))[index])
             self._bytes += sample.image.nbytes + sample.masks.nbytes
             if self._bytes <= KEPT_BYTES:
                 self._kept[index] = sample
