@@ -87,7 +87,7 @@ def _picture(task: Task, adapter: Files | None) -> bytes:
         for i in range(min(SHOWN, len(test))):
             sample = test[i]
             given = weak_labels(sample.masks, task.prompt, sample.key)
-            row = [overlay(sample.image, sample.masks, boxes=given.boxes, points=given.points)]
+            row = [overlay(sample.image, sample.masks, given)]
             row += [overlay(sample.image, predict(m, sample.image, given, crop=task.crop)[0]) for m in models.values()]
             rows.append(row)
     out = io.BytesIO()

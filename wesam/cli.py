@@ -1,4 +1,4 @@
-"""The command ``wesam``: models, fetch, domains, evaluate, adapt, compare, bench, predict."""
+"""The command ``wesam``: models, fetch, domains, show, evaluate, adapt, compare, bench, predict."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from wesam.errors import InputError
 from wesam.evaluate import baseline, evaluate, predict
 from wesam.memory import reckon
 from wesam.methods import METHODS, get_method
-from wesam.overlay import overlay
+from wesam.overlay import contact_sheet, overlay
 from wesam.prompts import Prompts
 from wesam.sam import REGISTRY, describe, fetch_model, load_sam, model_names, random_sam
 
@@ -90,6 +90,13 @@ def _parser() -> Parser:
     p = command("fetch", _fetch, "Download the weights of a model, check them, and keep them in $WESAM_HOME.")
     p.add_argument("model", metavar="MODEL", help=f"one of {', '.join(model_names())}")
     result(command("domains", _domains, "List the built-in domains."))
+
+    p = command("show", _show, "Draw images of a domain with their masks and weak labels on one sheet.")
+    p.add_argument("domain", metavar="D", help="as --domain elsewhere")
+    p.add_argument("--prompt", choices=get_args(PromptKind), default="box", help="kind of weak label (default: box)")
+    p.add_argument("--split", choices=SPLITS, default="train")
+    p.add_argument("--images", type=int, default=12, help="(default: 12)")
+    p.add_argument("--out", type=Path, required=True, metavar="SHEET.png")
 
     p = command("evaluate", _evaluate, "Score a model, with or without an adapter, on a split of a domain.")
     data(p)
@@ -181,6 +188,16 @@ def _domains(args: argparse.Namespace) -> None:
         rows.append({"domain": name, **{s: len(domain.split(s)) for s in SPLITS}, "note": domain.note})
     print(table(rows))
     write_json(args.json, rows)
+
+
+def _show(args: argparse.Namespace) -> None:
+    if args.images < 1:
+        raise InputError(f"--images must be at least 1, got {args.images}")
+    domain = load_domain(args.domain)
+    split = domain.split(args.split)
+    title = f"{domain.name}, {args.split}: {len(split)} images; given: {args.prompt}"
+    _save(contact_sheet(split, args.prompt, title, images=args.images), args.out)
+    print(f"{args.out} shows {min(args.images, len(split))} of {len(split)} images")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -307,7 +324,7 @@ def _predict(args: argparse.Namespace) -> None:
     masks, iou = predict(model, image, prompts, crop=args.crop)
     _save(Image.fromarray(masks[0].numpy().astype(np.uint8) * 255), args.out)
     if args.overlay:
-        _save(overlay(image, masks, boxes=prompts.boxes, points=prompts.points), args.overlay)
+        _save(overlay(image, masks, prompts), args.overlay)
     row = {"mask": str(args.out), "pixels": int(masks[0].sum()), "predicted_iou": round(float(iou[0]), 3)}
     print(table([row]))
     write_json(args.json, row)

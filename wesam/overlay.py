@@ -9,16 +9,22 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.nn import functional as F
+
+from wesam.config import PromptKind
+from wesam.data.domain import Sample
+from wesam.prompts import NO_CLICK, Prompts, weak_labels
 
 COLOURS = torch.tensor(
     [[230, 60, 60], [40, 140, 240], [250, 180, 30], [60, 190, 90], [170, 90, 220], [20, 190, 200], [240, 110, 180]]
 )
 
 
-def overlay(image: Tensor, masks: Tensor, *, boxes: Tensor | None = None, points: Tensor | None = None) -> Image.Image:
-    """The image with each mask tinted and outlined, and prompts drawn.
+def overlay(image: Tensor, masks: Tensor, prompts: Prompts | None = None) -> Image.Image:
+    """The image with each mask tinted and outlined, and the prompts drawn: clicks have its colour, those beside
+    it as a rim alone.
 
-    image: uint8 [3, H, W]. masks: bool [N, H, W]. boxes: [N, 4] and points: [N, P, 2], in pixels of the image.
+    image: uint8 [3, H, W]. masks: bool [N, H, W]. prompts: in pixels of the image.
     """
     canvas = image.permute(1, 2, 0).float()
     for i, mask in enumerate(masks):
@@ -28,12 +34,45 @@ def overlay(image: Tensor, masks: Tensor, *, boxes: Tensor | None = None, points
         outline, _ = cv2.findContours(mask.numpy().astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(pixels, outline, -1, COLOURS[i % len(COLOURS)].tolist(), 1)
     picture = Image.fromarray(pixels)
-    pen = ImageDraw.Draw(picture)
-    for box in boxes.tolist() if boxes is not None else []:
-        pen.rectangle(box, outline=(255, 255, 255))
-    for x, y in points.reshape(-1, 2).tolist() if points is not None else []:
-        pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill=(255, 255, 255), outline=(0, 0, 0))
+    if prompts is not None:
+        _draw(ImageDraw.Draw(picture), prompts)
     return picture
+
+
+def _draw(pen: ImageDraw.ImageDraw, prompts: Prompts) -> None:
+    white = (255, 255, 255)
+    for box in prompts.boxes.tolist() if prompts.boxes is not None else []:
+        pen.rectangle(box, outline=white)
+    for polygon in prompts.polygons or ():
+        corners = [tuple(p) for p in polygon.tolist()]
+        pen.line([*corners, corners[0]], fill=white)
+    if prompts.points is None or prompts.point_labels is None:
+        return
+    for i, (clicks, labels) in enumerate(zip(prompts.points.tolist(), prompts.point_labels.tolist(), strict=True)):
+        own = tuple(COLOURS[i % len(COLOURS)].tolist())
+        for (x, y), label in zip(clicks, labels, strict=True):
+            if label != NO_CLICK:
+                fill, rim = (own, white) if label else ((0, 0, 0), own)
+                pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=fill, outline=rim)
+
+
+def contact_sheet(
+    split: Sequence[Sample], kind: PromptKind, title: str, *, images: int, columns: int = 4
+) -> Image.Image:
+    """So many images of a split, evenly spread over it, with their masks and weak labels."""
+    cell = 300
+    rows: list[list[Image.Image]] = []
+    for n in range(count := min(images, len(split))):
+        sample = split[n * len(split) // count]
+        prompts = weak_labels(sample.masks, kind, sample.key)
+        factor = cell / max(sample.image.shape[1:])
+        size = [max(1, round(n * factor)) for n in sample.image.shape[1:]]
+        image = F.interpolate(sample.image[None].float(), size, mode="bilinear", antialias=True)[0].to(torch.uint8)
+        masks = F.interpolate(sample.masks[None].float(), size, mode="nearest-exact")[0] > 0
+        if n % columns == 0:
+            rows.append([])
+        rows[-1].append(overlay(image, masks, prompts.scaled(factor)))
+    return sheet(rows, [title] + [""] * (min(columns, count) - 1), cell)
 
 
 def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], cell: int = 224) -> Image.Image:

@@ -48,6 +48,16 @@ def test_adapt_evaluate_and_predict_in_a_row(coco_folder: Path, tmp_path: Path) 
         assert Image.open(picture).size == (90, 60)
 
 
+@pytest.mark.parametrize("prompt", ["box", "point", "coarse"])
+def test_a_sheet_shows_a_domain_with_its_weak_labels(coco_folder: Path, tmp_path: Path, prompt: str) -> None:
+    out = tmp_path / "sheet.png"
+    assert main(["show", str(coco_folder), "--prompt", prompt, "--images", "9", "--out", str(out)]) == 0
+    with Image.open(out) as page:
+        assert page.width > 3 * 300, "three images, side by side"
+        white = (np.asarray(page)[40:] == 255).all(2).mean()
+    assert white < 0.6
+
+
 def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
     command = ["evaluate", "--domain", str(coco_folder), "--json", str(tmp_path / "r.json")]
     assert main([*command, "--baseline", "box"]) == 0
@@ -80,6 +90,8 @@ def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
         ("evaluate --domain clean --json {tmp}/none/r.json", "in one that is not there"),
         ("adapt --domain clean --out {tmp}/a --set crop=2", "use --crop"),
         ("adapt --domain clean --out {tmp}/a --seed 4294967296", "seed must lie in"),
+        ("show clean --images 0 --out {tmp}/s.png", "--images must be at least 1"),
+        ("show clean --images 1 --out {tmp}/none/s.png", "cannot write"),
         ("", "COMMAND"),
     ],
 )
