@@ -1,4 +1,4 @@
-"""The command ``wesam``: models, fetch, domains, show, evaluate, adapt, compare, bench, predict."""
+"""The command ``wesam``: models, fetch, domains, check, show, evaluate, adapt, compare, bench, predict."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from wesam.bench import bench_step
 from wesam.compare import compare
 from wesam.config import PRESETS, Config, PromptKind, method_preset, preset
 from wesam.console import Parser, guarded, json_file, table, write_json
-from wesam.data import SPLITS, domain_names, load_domain
-from wesam.data.coco import read_image
+from wesam.data import SPLITS, Domain, domain_names, load_domain
+from wesam.data.images import read_image
 from wesam.errors import InputError
 from wesam.evaluate import baseline, evaluate, predict
 from wesam.memory import reckon
@@ -43,7 +43,7 @@ def _parser() -> Parser:
     parser = Parser(prog="wesam", description="Adapt Segment Anything to an image domain from weak labels alone.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], int | None], text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
         return added
@@ -90,6 +90,10 @@ def _parser() -> Parser:
     p = command("fetch", _fetch, "Download the weights of a model, check them, and keep them in $WESAM_HOME.")
     p.add_argument("model", metavar="MODEL", help=f"one of {', '.join(model_names())}")
     result(command("domains", _domains, "List the built-in domains."))
+
+    p = command("check", _check, "Read all of a domain and list what is wrong with it; exit code 1 if it is unusable.")
+    p.add_argument("domain", metavar="D", help="as --domain elsewhere")
+    result(p)
 
     p = command("show", _show, "Draw images of a domain with their masks and weak labels on one sheet.")
     p.add_argument("domain", metavar="D", help="as --domain elsewhere")
@@ -190,10 +194,52 @@ def _domains(args: argparse.Namespace) -> None:
     write_json(args.json, rows)
 
 
+def _check(args: argparse.Namespace) -> int:
+    fatal: list[str] = []
+    rows: list[dict[str, Any]] = []
+    left_out: tuple[str, ...] = ()
+    try:
+        domain = load_domain(args.domain)
+    except InputError as e:
+        fatal = str(e).splitlines()
+    else:
+        left_out = domain.left_out
+        for name in SPLITS:
+            split, instances = domain.split(name), 0
+            for i in range(len(split)):
+                _line(f"reading {name} {i + 1}/{len(split)}")
+                try:
+                    instances += len(split.read(i).masks)
+                except InputError as e:
+                    fatal += str(e).splitlines()
+            rows.append({"split": name, "images": len(split), "instances": instances})
+        _line("")
+    for line in fatal:
+        print(f"error: {line}")
+    for line in left_out:
+        print(f"left out: {line}")
+    if rows:
+        print(table(rows))
+    verdict = "unusable" if fatal else "usable"
+    print(f"{args.domain} is {verdict}: {len(fatal)} errors, {len(left_out)} annotations left out")
+    write_json(args.json, {"domain": args.domain, "errors": fatal, "left_out": left_out, "splits": rows})
+    return 1 if fatal else 0
+
+
+def _domain(name: str) -> Domain:
+    """The domain; says so if something of it is not used."""
+    domain = load_domain(name)
+    if domain.left_out:
+        print(
+            f"{len(domain.left_out)} wrong annotations of {name} are left out: wesam check lists them", file=sys.stderr
+        )
+    return domain
+
+
 def _show(args: argparse.Namespace) -> None:
     if args.images < 1:
         raise InputError(f"--images must be at least 1, got {args.images}")
-    domain = load_domain(args.domain)
+    domain = _domain(args.domain)
     split = domain.split(args.split)
     title = f"{domain.name}, {args.split}: {len(split)} images; given: {args.prompt}"
     _save(contact_sheet(split, args.prompt, title, images=args.images), args.out)
@@ -201,7 +247,7 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    domain = load_domain(args.domain)
+    domain = _domain(args.domain)
     split = domain.split(args.split)
     if args.baseline:
         scores, name, crop = baseline(args.baseline, split), f"{args.baseline} (no model)", None
@@ -219,7 +265,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _adapt(args: argparse.Namespace) -> None:
-    sam, domain = load_sam(args.model).to(args.device), load_domain(args.domain)
+    sam, domain = load_sam(args.model).to(args.device), _domain(args.domain)
     start = preset(args.preset) if args.preset else method_preset(args.model, args.method or "wesam")
     method = args.method or start.method
     get_method(method)
@@ -253,7 +299,7 @@ def _adapt(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    sam, domain = load_sam(args.model).to(args.device), load_domain(args.domain)
+    sam, domain = load_sam(args.model).to(args.device), _domain(args.domain)
     if args.seeds < 1:
         raise InputError(f"--seeds must be at least 1, got {args.seeds}")
     changes = {"prompt": args.prompt} | ({} if args.crop is None else {"crop": args.crop})

@@ -24,13 +24,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
-def guarded(run: Callable[[], None]) -> int:
-    """Runs a command; bad input becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+def guarded(run: Callable[[], int | None]) -> int:
+    """Runs a command and returns its exit code: 2 for bad input, a line on stderr for each fault, 130 for Ctrl-C."""
+    code = 0
     try:
-        run()
+        code = run() or 0
         sys.stdout.flush()
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print("\n".join(f"error: {line}" for line in str(e).splitlines()), file=sys.stderr)
         return 2
     except (FloatingPointError, torch.OutOfMemoryError) as e:
         print(f"error: {e}", file=sys.stderr)
@@ -40,7 +41,7 @@ def guarded(run: Callable[[], None]) -> int:
         return 130
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return code
 
 
 def json_file(text: str) -> Path:

@@ -62,7 +62,8 @@ def corrupted(domain: Domain, text: str) -> Domain:
     source = inspect.getsource(sys.modules[__name__])
     digest = hashlib.sha256(f"{domain.digest} {name} {severity} {source}".encode()).hexdigest()
     splits = {k: changed(v) for k, v in domain.splits.items()}
-    return Domain(f"{domain.name}+{name}{severity}", splits, digest, f"{domain.note}; {name}, severity {severity} of 5")
+    note = f"{domain.note}; {name}, severity {severity} of 5"
+    return replace(domain, name=f"{domain.name}+{name}{severity}", splits=splits, digest=digest, note=note)
 
 
 def corrupt(image: Tensor, name: str, severity: int, key: str) -> Tensor:

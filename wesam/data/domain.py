@@ -64,6 +64,8 @@ class Domain:
     """Hexadecimal digest of the data; for a folder, of its annotations and of its images' sizes in bytes."""
     note: str = ""
     """One line of description, with the licence where there is one."""
+    left_out: tuple[str, ...] = ()
+    """A line for each annotation that is wrong and not used, with the reason."""
 
     def split(self, name: str) -> Split:
         """The images of ``train``, ``val`` or ``test``."""

@@ -1,0 +1,63 @@
+"""Image files of any kind, as RGB."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from wesam.errors import InputError
+
+MOST_PIXELS = 150_000_000
+"""An image with more is refused before it is decoded."""
+
+
+def may_have_size(file: Path, size: tuple[int, int]) -> bool:
+    """Whether an image has this (height, width), as it is stored or as its EXIF orientation turns it, by its header.
+
+    Raises InputError if it is none, is too large, or has more than 8 bits a channel.
+    """
+    with _opened(file) as image:
+        stored = image.height, image.width
+        return size == stored or (size == stored[::-1] and _turned(image, file))
+
+
+def read_image(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """The image in RGB, uint8 [H, W, 3]; raises InputError as :func:`may_have_size` does, and if it ends early.
+
+    Grey, palette, transparent and CMYK images are converted; what is transparent keeps its colour. It is turned as its
+    EXIF orientation says, unless it has the given (height, width) only as it is stored: so were its labels made.
+    """
+    with _opened(file) as image:
+        lying = size == (image.height, image.width) and image.height != image.width and _turned(image, file)
+        try:
+            return np.asarray((image if lying else ImageOps.exif_transpose(image)).convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as e:
+            raise InputError(f"cannot read the image {file}: {e}") from None
+
+
+def _turned(image: Image.Image, file: Path) -> bool:
+    """Whether its EXIF orientation makes its height its width."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except (OSError, SyntaxError, ValueError) as e:
+        raise InputError(f"cannot read the image {file}: {e}") from None
+
+
+def _opened(file: Path) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(file)
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as e:
+        raise InputError(f"cannot read the image {file}: {e}") from None
+    except Image.DecompressionBombError:
+        raise InputError(f"{file} has more than {MOST_PIXELS // 10**6} million pixels: not read") from None
+    if image.width * image.height > MOST_PIXELS:
+        raise InputError(f"{file} has {image.width} x {image.height} pixels, more than {MOST_PIXELS // 10**6} million: "
+                         "not read")  # fmt: skip
+    if image.mode.startswith(("I", "F")):
+        raise InputError(f"{file} has more than 8 bits a channel: save it with 8, scaled as it should be seen")
+    return image
