@@ -46,7 +46,11 @@ class DomainSearch(threading.Thread):
         super().__init__(name=name, daemon=True)
         self._c, self._given, self._before = context, given, before
         self._task = judge.Task(context.plan.model, given, context.plan.base.prompt, context.plan.base.crop)
-        self._tags = {**study_tags(context.plan), "domain": given, "data": load_domain(given).digest}
+        domain = load_domain(given)
+        self._tags = {
+            **study_tags(context.plan), "domain": given, "data": domain.digest,
+            "annotations_left_out": str(len(domain.left_out)),
+        }  # fmt: skip
         self.row: Row = {"domain": name, "error": "did not run"}
         self.trials: list[Trial] = []
 

@@ -80,7 +80,8 @@ def _studies(tracker: Tracker) -> dict[str, Stored]:
 
 def _study(plan: Plan, tracker: Tracker, run: Run, slots: int, before: dict[str, Stored]) -> dict[str, Any]:
     began = time.monotonic()
-    names = [load_domain(d).name for d in plan.domains]
+    domains = [load_domain(d) for d in plan.domains]
+    names = [d.name for d in domains]
     board = Board(names, plan.trials, plan.base.steps)
     side_by_side = min(slots, max(2, -(-slots // len(names))))
     stop = threading.Event()
@@ -89,6 +90,9 @@ def _study(plan: Plan, tracker: Tracker, run: Run, slots: int, before: dict[str,
         f"study {plan.name!r}: {len(names)} domains, {plan.trials} trials each of {plan.base.steps} steps, "
         f"model {plan.model}, {plan.base.prompt} prompts, {slots} trials at once"
     )
+    for domain in domains:
+        if domain.left_out:
+            board.say(f"{domain.name}: {len(domain.left_out)} wrong annotations are left out: wesam check lists them")
     pairs = zip(plan.domains, names, strict=True)
     searches = [DomainSearch(context, given, name, before.get(name)) for given, name in pairs]
     with _stoppable():
