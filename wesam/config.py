@@ -208,7 +208,7 @@ PRESETS: dict[str, dict[str, Value]] = {
     "paper": {},
     "nano": {
         "lora.rank": 16, "lora.alpha_ratio": 2.0, "loss.focal": 60.0, "loss.dice": 0.3,
-        "loss.contrastive": 0.05, "optim.lr": 5e-4, "optim.warmup_steps": 10,
+        "loss.anchor": 0.1, "loss.contrastive": 0.05, "optim.lr": 5e-4, "optim.warmup_steps": 10,
         "steps": 60, "eval_every": 10, "max_instances": 8,
     },
     "nano-supervised": {

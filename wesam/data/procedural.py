@@ -20,7 +20,7 @@ NOTES = {
     "corrupted": "blocks of the image are lost, as after a broken transmission",
     "medical": "grey, faded contrast, objects that fade towards their borders",
     "camouflaged": "objects that fade into what lies under them, without shadows or outlines",
-    "cluttered": "crowded, behind a fence that belongs to no object",
+    "cluttered": "behind a fence that belongs to no object",
 }
 
 

@@ -89,12 +89,12 @@ STYLES: dict[str, Style] = {
     "clean": _MEDIUM,
     "corrupted": replace(_MEDIUM, lost=(0.2, 0.35)),
     "medical": replace(
-        _MEDIUM, grey=1.0, contrast=(0.3, 0.6), crowd=0.6, fade=1.0, families=("ellipse", "blob", "cloud", "ring")
+        _MEDIUM, grey=1.0, contrast=(0.35, 0.65), noise=(0.0, 0.02), crowd=0.6, fade=2.0, families=("ellipse", "blob")
     ),
     "camouflaged": replace(
         _MEDIUM, cues=0.3, crowd=0.6, fade=1.0, families=("blob", "creature", "cloud", "polygon")
     ),
-    "cluttered": replace(_MEDIUM, crowd=1.2, fence=0.2),
+    "cluttered": replace(_MEDIUM, crowd=0.7, fence=0.3),
 }  # fmt: skip
 
 
