@@ -51,7 +51,9 @@ def _opened(file: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(file)
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as e:
+    except UnidentifiedImageError:
+        raise InputError(f"cannot read the image {file}: it is none, or of an unknown format") from None
+    except (OSError, SyntaxError, ValueError) as e:
         raise InputError(f"cannot read the image {file}: {e}") from None
     except Image.DecompressionBombError:
         raise InputError(f"{file} has more than {MOST_PIXELS // 10**6} million pixels: not read") from None
