@@ -30,6 +30,14 @@ def _home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def fresh_domains() -> Iterator[None]:
+    """Domains are read again in this test, and what it makes of them is forgotten after it."""
+    load_domain.cache_clear()
+    yield
+    load_domain.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def sam() -> Sam:
     return load_sam("nano")

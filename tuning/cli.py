@@ -6,12 +6,10 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from tuning.plan import COLUMNS, DEMO, check, make_plan, read_study
-from wesam.config import PromptKind
-from wesam.console import Parser, guarded, json_file, program, table, write_json
-from wesam.data import domain_names
+from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, guarded, json_file, program, table, write_json
 from wesam.errors import InputError
 from wesam.sam import model_names
 
@@ -54,9 +52,10 @@ def _parser() -> Parser:
     p.add_argument("--name", help="the study's name (default: its domains and its prompt)")
     p.add_argument(
         "--domain", action="append", dest="domains", metavar="D",
-        help=f"{', '.join(domain_names())}, or a folder with train/val/test.json in COCO format; may be repeated",
+        help=f"{DOMAIN_HELP}; may be repeated",
     )  # fmt: skip
-    p.add_argument("--prompt", choices=get_args(PromptKind), help="kind of weak label (default: box)")
+    p.add_argument("--data", metavar="ROOT", help="where the published data sets lie (default: $WESAM_DATA)")
+    p.add_argument("--prompt", metavar="KIND", help=f"{PROMPT_HELP} (default: box)")
     p.add_argument("--model", help=f"one of {', '.join(model_names())}, or a file with weights of one (default: nano)")
     p.add_argument("--trials", type=int, help="trials per domain (default: 16)")
     p.add_argument("--steps", type=int, help="optimisation steps of a trial (default: the model's)")
@@ -98,7 +97,7 @@ def _run(args: argparse.Namespace) -> None:
         settings |= DEMO
     if args.study:
         settings |= read_study(args.study)
-    keys = ("name", "domains", "prompt", "model", "trials", "steps", "crop", "workers", "seed", "storage")
+    keys = ("name", "domains", "data", "prompt", "model", "trials", "steps", "crop", "workers", "seed", "storage")
     settings |= {k: v for k in keys if (v := getattr(args, k)) is not None}
     check(settings)
     plan = make_plan(settings, args.set)
@@ -146,6 +145,9 @@ def summary(result: dict[str, Any]) -> str:
     rows = [{"domain": r["domain"], **{title: r.get(key) for key, title in COLUMNS.items()}} for r in result["domains"]]
     gap = result["gap_between_trials"]
     lines = ["mIoU on test:", table(rows), ""]
+    unknown = [r["domain"] for r in result["domains"] if r.get("score") == "agreement"]
+    if unknown:
+        lines[-1:] = [f"{', '.join(unknown)}: no masks are known; the scores are agreement with the weak labels", ""]
     for r in result["domains"]:
         lines.append(f"{r['domain']}: {'failed: ' + r['error'] if 'error' in r else r['outcome']}")
         if r.get("version"):
@@ -182,7 +184,7 @@ def _best(args: argparse.Namespace) -> None:
 
 def _entry(entry: Any) -> dict[str, Any]:
     t = entry.tags
-    scores = {k: float(t[k]) for k in ("val_miou", "test_miou", "direct_test_miou")}
+    scores = {k: float(t[k]) if k in t else None for k in ("val_miou", "test_miou", "direct_test_miou")}
     return {
         "domain": entry.domain,
         "version": entry.version,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlflow.entities import Run as Stored
@@ -12,7 +12,7 @@ from ray import tune
 
 from tuning import judge, registry, runtime
 from tuning.listener import Listener
-from tuning.plan import MARGIN, REFERENCES, Plan
+from tuning.plan import MARGIN, REFERENCES, WORDS, Plan
 from tuning.progress import Board
 from tuning.search import Halving, Search
 from tuning.tracking import Run, Tracker, Trial, environment, trials
@@ -81,20 +81,26 @@ class DomainSearch(threading.Thread):
         known = self._known_references()
         found = known or judge.references(self._task)
         if not known:
-            run.log({f"{k}_{f}": v for k, s in found.items() for f, v in asdict(s).items()})
-        val = {k: found[f"{k}_val"].miou for k in ("ellipse", "direct")}
-        self._c.board.say(f"on val: ellipse in the box {val['ellipse']:.3f}, Direct {val['direct']:.3f}", self.name)
+            run.log({f"{k}_{f}": v for k, s in found.items() for f, v in asdict(s).items() if v is not None})
+        direct = found["direct_val"]
+        drawn = f"ellipse in the box {found['ellipse_val'].objective:.3f}, " if "ellipse_val" in found else ""
+        self._c.board.say(f"{WORDS[direct.chosen_by]} on val: {drawn}Direct {direct.objective:.3f}", self.name)
         self._search(run, found["direct_val"])
         return self._conclude(run, found)
 
     def _known_references(self) -> dict[str, Scores]:
         """Those of an earlier run of this study: test is read once."""
         metrics = self._before.data.metrics if self._before else {}
-        if "direct_test_miou" not in metrics:
+        if "direct_test_images" not in metrics:
             return {}
-        keys = [f"{k}_{s}" for k in ("ellipse", "direct") for s in ("val", "test")]
-        kinds = {"images": int, "instances": int, "miou": float, "f1": float}
-        return {k: Scores(**{f.name: kinds[f.name](metrics[f"{k}_{f.name}"]) for f in fields(Scores)}) for k in keys}
+        keys = [f"{k}_{s}" for k in ("ellipse", "direct") for s in ("val", "test") if f"{k}_{s}_images" in metrics]
+        return {
+            k: Scores(
+                int(metrics[f"{k}_images"]), int(metrics[f"{k}_instances"]),
+                *(metrics.get(f"{k}_{name}") for name in ("miou", "f1", "agreement")),
+            )
+            for k in keys
+        }  # fmt: skip
 
     def _search(self, run: Run, direct: Scores) -> None:
         plan, c = self._c.plan, self._c
@@ -106,7 +112,7 @@ class DomainSearch(threading.Thread):
             references = [r for r in REFERENCES if r not in {t.reference for t in done}]
             halving = Halving(plan)
             setting = Setting(plan=plan, domain=self._task.domain, direct=direct, resources=runtime.worker_resources())
-            listener = Listener(plan, c.tracker, c.board, run, self._tags, direct.miou, left, halving, c.stop)
+            listener = Listener(plan, c.tracker, c.board, run, self._tags, direct, left, halving, c.stop)
             search = Search(plan, references, [(t.point, t.best) for t in done if t.point])
             _tuner(setting, self.name, len(left), c.side_by_side, search, halving, listener).fit()
             c.tracker.flush()
@@ -116,7 +122,7 @@ class DomainSearch(threading.Thread):
 
     def _conclude(self, run: Run, found: dict[str, Scores]) -> Row:
         c, plan = self._c, self._c.plan
-        direct = found["direct_val"].miou
+        direct = found["direct_val"].objective
         best = max(self.trials, key=lambda t: (t.best, -t.number), default=None)
         winner = best if best and best.best > direct + MARGIN else None
         paper = next((t for t in self.trials if t.reference == "paper"), None)
@@ -126,28 +132,30 @@ class DomainSearch(threading.Thread):
         picture = judge.picture(self._task, wanted[winner.run_id] if winner else None)
         run.attach(lambda: {PICTURE: picture})
         test = scores[winner.run_id] if winner else found["direct_test"]
+        ellipse = {s: found[f"ellipse_{s}"].objective if f"ellipse_{s}" in found else None for s in ("val", "test")}
         row: Row = {
             "domain": self.name, "given": self._given, "run_id": run.id,
-            "ellipse": found["ellipse_test"].miou, "direct": found["direct_test"].miou,
-            "paper": scores[paper.run_id].miou if paper else None, "best": test.miou,
+            "score": test.chosen_by, "ellipse": ellipse["test"], "direct": found["direct_test"].objective,
+            "paper": scores[paper.run_id].objective if paper else None, "best": test.objective,
             "val": {
-                "ellipse": found["ellipse_val"].miou, "direct": direct, "paper": paper.best if paper else None,
-                "best": winner.best if winner else direct,
+                "score": found["direct_val"].chosen_by, "ellipse": ellipse["val"], "direct": direct,
+                "paper": paper.best if paper else None, "best": winner.best if winner else direct,
             },
             "best_f1": test.f1, "trials": len(self.trials), "pruned": sum(t.pruned for t in self.trials),
             "best_trial": winner.number if winner else None, "best_run": winner.run_id if winner else None,
             "config": winner.config if winner else None,
         }  # fmt: skip
-        run.log({f"{k}_test_miou": row[k] for k in ("paper", "best") if row[k] is not None})
-        run.log({f"{k}_val_miou": row["val"][k] for k in ("paper", "best") if row["val"][k] is not None})
+        for split, part in (("test", row), ("val", row["val"])):
+            run.log({f"{k}_{split}_{part['score']}": part[k] for k in ("paper", "best") if part[k] is not None})
         failed = plan.trials - len(self.trials)
         lost = f"; {failed} of {plan.trials} trials failed" if failed else ""
         if winner is None:
             row["outcome"] = "nothing beat Direct on val: use the model as it is; no adapter registered" + lost
             return row
         tags = {
-            **self._tags, "study": plan.name, "val_miou": f"{winner.best:.6f}",
-            "test_miou": f"{test.miou:.6f}", "direct_test_miou": f"{row['direct']:.6f}",
+            **self._tags, "study": plan.name, "score": row["val"]["score"],
+            f"val_{row['val']['score']}": f"{winner.best:.6f}", f"test_{test.chosen_by}": f"{test.objective:.6f}",
+            f"direct_test_{test.chosen_by}": f"{row['direct']:.6f}",
         }  # fmt: skip
         row["version"], outcome = registry.promote(c.tracker, self.name, winner.run_id, tags)
         row["outcome"] = outcome + lost

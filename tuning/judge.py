@@ -16,7 +16,6 @@ from tuning.trainer import source_model
 from wesam import AdaptedSam, Scores, baseline, evaluate, load_domain, overlay, predict
 from wesam.config import PromptKind
 from wesam.overlay import sheet
-from wesam.prompts import weak_labels
 
 Files = dict[str, bytes]
 """An adapter as it travels between machines: file name -> contents."""
@@ -36,7 +35,7 @@ class Task:
 
 
 def references(task: Task) -> dict[str, Scores]:
-    """Ellipse in the box and Direct, on val and on test: ``ellipse_val``, ``ellipse_test``, ``direct_val``, ..."""
+    """Direct and, where there are masks, ellipse in the box, on val and test: ``direct_val``, ``ellipse_test``, ..."""
     found: dict[str, Scores] = _remote(_references, task)
     return found
 
@@ -63,7 +62,8 @@ def _references(task: Task) -> dict[str, Scores]:
     sam, domain = source_model(task.model), load_domain(task.domain)
     found = {}
     for split in ("val", "test"):
-        found[f"ellipse_{split}"] = baseline("ellipse", domain.split(split))
+        if domain.split(split)[0].has_masks:
+            found[f"ellipse_{split}"] = baseline("ellipse", domain.split(split))
         found[f"direct_{split}"] = evaluate(sam, domain.split(split), task.prompt, crop=task.crop)
     return found
 
@@ -86,8 +86,8 @@ def _picture(task: Task, adapter: Files | None) -> bytes:
         rows = []
         for i in range(min(SHOWN, len(test))):
             sample = test[i]
-            given = weak_labels(sample.masks, task.prompt, sample.key)
-            row = [overlay(sample.image, sample.masks, given)]
+            given = sample.weak_labels(task.prompt)
+            row = [overlay(sample.image, sample.known_masks(), given)]
             row += [overlay(sample.image, predict(m, sample.image, given, crop=task.crop)[0]) for m in models.values()]
             rows.append(row)
     out = io.BytesIO()

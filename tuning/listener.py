@@ -13,11 +13,12 @@ from ray import tune
 from ray.train import Checkpoint
 from ray.tune.experiment import Trial
 
-from tuning.plan import MARGIN, Plan
+from tuning.plan import MARGIN, WORDS, Plan
 from tuning.progress import Board
 from tuning.search import Halving
 from tuning.tracking import Run, Tracker
 from tuning.trainer import METRIC
+from wesam import Scores
 from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE
 
 LABELS = {"paper": "paper's hyperparameters", "defaults": "model's defaults"}
@@ -45,12 +46,12 @@ class Listener(tune.Callback):
     """Runs in the driver, in the domain's thread."""
 
     def __init__(
-        self, plan: Plan, tracker: Tracker, board: Board, domain: Run, tags: Mapping[str, str], direct: float,
+        self, plan: Plan, tracker: Tracker, board: Board, domain: Run, tags: Mapping[str, str], direct: Scores,
         numbers: Sequence[int], halving: Halving, stop: threading.Event,
     ) -> None:  # fmt: skip
-        """domain: its run. tags: of all trials. direct: the source model's val mIoU. numbers: of the trials to come."""
+        """domain: its run. tags: of all trials. direct: the source model, on val. numbers: of the trials to come."""
         self._plan, self._tracker, self._board, self._domain = plan, tracker, board, domain
-        self._direct, self._best, self._halving, self._stop = direct, direct + MARGIN, halving, stop
+        self._direct, self._best, self._halving, self._stop = direct, direct.objective + MARGIN, halving, stop
         self._numbers, self._tags = numbers, tags
         self._seen: dict[str, _Seen] = {}
 
@@ -77,7 +78,7 @@ class Listener(tune.Callback):
         tags |= {"wesam.reference": reference} if reference else {}
         run = self._tracker.start(f"{self._domain.name} {number}", "trial", self._domain, tags)
         config = self._plan.config(trial.config.get("reference"), trial.config.get("point", {}))
-        run.log({"val_miou": self._direct}, step=0, params=config.flat())
+        run.log({f"val_{k}": v for k, v in self._direct.known().items()}, step=0, params=config.flat())
         self._seen[trial.trial_id] = _Seen(number, run, LABELS.get(reference or "", "searched"))
         self._board.at(self._domain.name, number, 0)
 
@@ -90,8 +91,8 @@ class Listener(tune.Callback):
         if "gap" in result:
             metrics["gap"] = result["gap"]
         seen.step = step
-        if result["metrics"]["val_miou"] > seen.best:
-            seen.best, seen.best_step = result["metrics"]["val_miou"], step
+        if result["score"] > seen.best:
+            seen.best, seen.best_step = result["score"], step
             seen.checkpoint = result.get("checkpoint_path")
         seen.run.log(metrics, step=step)
         self._board.at(self._domain.name, seen.number, step)
@@ -114,8 +115,12 @@ class Listener(tune.Callback):
         better = "  best so far" if seen.best > self._best else ""
         self._best = max(self._best, seen.best)
         where = "" if ended == "finished" else f"  {ended} at step {seen.step}"
-        gain = round(seen.best - self._direct, 3) + 0.0  # which makes -0.0 a plain 0.0
-        self._over(seen, "FINISHED", f"val mIoU {seen.best:.3f} ({gain:+.3f} to Direct){where}{better}")
+        gain = round(seen.best - self._direct.objective, 3) + 0.0  # which makes -0.0 a plain 0.0
+        self._over(
+            seen,
+            "FINISHED",
+            f"val {WORDS[self._direct.chosen_by]} {seen.best:.3f} ({gain:+.3f} to Direct){where}{better}",
+        )
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial has failed for good."""

@@ -13,7 +13,7 @@ import yaml
 
 from tuning.space import Axis, Space, fixed, make_space
 from wesam.config import PRESETS, Config, PromptKind, Value, preset
-from wesam.data import Domain, domain_names, load_domain, parted
+from wesam.data import Domain, load_domain, located
 from wesam.errors import InputError, unknown
 from wesam.methods import get_method
 from wesam.sam import find_model, model_names
@@ -23,6 +23,9 @@ REFERENCES = ("paper", "defaults")
 
 MARGIN = 0.001
 """By how much val mIoU must be above Direct's: a tenth of a point is no reason to carry an adapter around."""
+
+WORDS = {"miou": "mIoU", "agreement": "agreement"}
+"""What a score is called."""
 
 COLUMNS = {
     "ellipse": "ellipse in the box",
@@ -42,7 +45,7 @@ DEMO: dict[str, Any] = {
 """The study of ``--demo``: about seven minutes on two cores."""
 
 _KEYS = {
-    "name": str, "domains": list, "model": str, "prompt": str, "trials": int, "steps": int, "workers": int,
+    "name": str, "domains": list, "data": str, "model": str, "prompt": str, "trials": int, "steps": int, "workers": int,
     "seed": int, "set": dict, "space": dict, "storage": str, "crop": float,
 }  # fmt: skip
 WORD = r"[\w.+-]{1,100}"
@@ -176,7 +179,7 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
     workers = settings.get("workers", 1)
     if changed.optim.batch_size < workers:
         raise InputError(f"{workers} workers share {changed.optim.batch_size} images a step: raise optim.batch_size")
-    domains = tuple(_place(str(d)) for d in settings.get("domains", ()))
+    domains = tuple(located(str(d), settings.get("data", "")) for d in settings.get("domains", ()))
     names = [d.name for d in _load(domains)]
     return Plan(
         name=_name(settings.get("name") or f"{'-'.join(names)}-{prompt}"),
@@ -191,14 +194,6 @@ def _check_method(base: Config, space: Space) -> None:
     for path in ("loss.tightness", "teacher.cut_to_box"):
         if base.prompt != "box" and (path in space or base.flat()[path]):
             raise InputError(f"{path} needs the given boxes: use --prompt box")
-
-
-def _place(domain: str) -> str:
-    """A folder's full path, so that the study can be resumed from anywhere; a name as it is."""
-    base, corruption = parted(domain)
-    if base in domain_names() or not Path(base).is_dir():
-        return domain
-    return str(Path(base).absolute()) + (f"+{corruption}" if corruption else "")
 
 
 def _load(domains: tuple[str, ...]) -> list[Domain]:

@@ -23,11 +23,11 @@ FEWEST_FOR_IMPORTANCE = 10
 """Trials, and no fewer than hyperparameters: below that, importances are noise."""
 
 Curve = Sequence[tuple[int, float]]
-"""(step, val mIoU)."""
+"""(step, score on val)."""
 
 
-def by_trial(trials: Sequence[Trial], direct: float, ellipse: float) -> str:
-    """Each trial's best val mIoU, the best so far, and what needs no search."""
+def by_trial(trials: Sequence[Trial], direct: float, ellipse: float | None, score: str) -> str:
+    """Each trial's best score on val, the best so far, and what needs no search."""
     figure, axes = plt.subplots(figsize=(5.2, 3.2))
     numbers, scores = [t.number for t in trials], [t.best for t in trials]
     best = [max(scores[: i + 1]) for i in range(len(scores))]
@@ -38,15 +38,16 @@ def by_trial(trials: Sequence[Trial], direct: float, ellipse: float) -> str:
     paper = [t for t in trials if t.reference == "paper"]
     axes.scatter([t.number for t in paper], [t.best for t in paper], marker="s", color="#d62728", label="paper's")
     axes.axhline(direct, color="black", linestyle="--", linewidth=1, label="Direct")
-    axes.axhline(ellipse, color="grey", linestyle=":", linewidth=1, label="ellipse in the box")
-    axes.set(xlabel="trial", ylabel="best val mIoU")
+    if ellipse is not None:
+        axes.axhline(ellipse, color="grey", linestyle=":", linewidth=1, label="ellipse in the box")
+    axes.set(xlabel="trial", ylabel=f"best val {score}")
     axes.locator_params(axis="x", integer=True)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return _svg(figure)
 
 
-def by_step(curves: Mapping[int, Curve], best: int | None) -> str:
-    """Each trial's val mIoU by step; the best trial's stands out. A trial that fell far leaves the picture below."""
+def by_step(curves: Mapping[int, Curve], best: int | None, score: str) -> str:
+    """Each trial's score on val by step; the best trial's stands out. One that fell far leaves the picture below."""
     figure, axes = plt.subplots(figsize=(5.2, 3.2))
     reached = [v for curve in curves.values() for _, v in curve]
     top, start = max(reached), min(curve[0][1] for curve in curves.values())
@@ -57,7 +58,7 @@ def by_step(curves: Mapping[int, Curve], best: int | None) -> str:
         steps, values = zip(*curve, strict=True)
         style: dict[str, Any] = {"color": "#1f77b4", "linewidth": 2.2} if number == best else {"color": "#bbbbbb"}
         axes.plot(steps, values, marker=".", **style)
-    axes.set(xlabel="step", ylabel="val mIoU", title=f"trial {best} stands out" if best else "no trial beat Direct")
+    axes.set(xlabel="step", ylabel=f"val {score}", title=f"trial {best} stands out" if best else "no trial beat Direct")
     axes.title.set_fontsize(9)
     return _svg(figure)
 
@@ -81,7 +82,7 @@ def importances(trials: Sequence[Trial], space: Space) -> str | None:
 
 
 def against_score(trials: Sequence[Trial], space: Space) -> str | None:
-    """One small plot per hyperparameter: its value in each trial against the trial's best val mIoU."""
+    """One small plot per hyperparameter: its value in each trial against the trial's best score on val."""
     inside = [t for t in trials if t.point]
     if not inside or not space:
         return None

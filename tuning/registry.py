@@ -24,11 +24,12 @@ class Entry:
     version: int
     run_id: str
     tags: dict[str, str]
-    """study, model, prompt, data (digest), val_miou, test_miou, direct_test_miou, domain_given."""
+    """study, model, prompt, data (digest), val_miou, test_miou, direct_test_miou, domain_given; where no masks are
+    known, score is ``agreement`` and those are val_agreement, ..."""
 
 
 def promote(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str]) -> tuple[int, str]:
-    """Registers the adapter of a trial's run; makes it champion if its val mIoU beats the present champion's.
+    """Registers the adapter of a trial's run; makes it champion if its score on val beats the present champion's.
 
     Scores on other data say nothing about each other, so a champion found on other data is always replaced.
     Returns the version and, in words, what became of it.
@@ -46,15 +47,16 @@ def promote(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str])
 
     before = champion(tracker, domain)
     version = tracker.later(register).result()
-    val = float(tags["val_miou"])
+    score = f"val_{tags.get('score', 'miou')}"
+    val = float(tags[score])
     changed = [k for k in ("data", "prompt", "model") if before and before.tags.get(k) != tags.get(k)]
-    if before and not changed and float(before.tags["val_miou"]) >= val:
-        kept = float(before.tags["val_miou"])
+    if before and not changed and float(before.tags[score]) >= val:
+        kept = float(before.tags[score])
         return version, f"registered; champion stays version {before.version} (val {kept:.3f}, this one {val:.3f})"
     tracker.later(lambda: client.set_registered_model_alias(name, ALIAS, str(version))).result()
     if before is None:
         return version, "registered as champion"
-    why = f"its {' and '.join(changed)} differed" if changed else f"val {before.tags['val_miou']}"
+    why = f"its {' and '.join(changed)} differed" if changed else f"val {before.tags[score]}"
     return version, f"registered as champion in place of version {before.version} ({why})"
 
 

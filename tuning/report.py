@@ -11,7 +11,7 @@ from typing import Any
 
 from tuning import plots
 from tuning.domain import PICTURE, RESULT
-from tuning.plan import COLUMNS, Plan
+from tuning.plan import COLUMNS, WORDS, Plan
 from tuning.study import PLAN, find_study
 from tuning.tracking import Tracker, Trial, trials
 from wesam.errors import InputError
@@ -53,7 +53,9 @@ def collect(tracker: Tracker, name: str) -> Collected:
 def _part(tracker: Tracker, row: dict[str, Any]) -> Part:
     found = trials(tracker, row["run_id"])
     curves: dict[int, plots.Curve] = {
-        t.number: sorted((m.step, m.value) for m in tracker.client.get_metric_history(t.run_id, "val_miou"))
+        t.number: sorted(
+            (m.step, m.value) for m in tracker.client.get_metric_history(t.run_id, f"val_{row['val']['score']}")
+        )
         for t in found
     }
     return Part(row, found, curves, tracker.files(row["run_id"], "").get(PICTURE))
@@ -77,12 +79,12 @@ def _cells(found: Collected) -> list[list[str]]:
     rows = []
     for part in found.parts:
         for split, scores in (("test", part.row), ("val", part.row["val"])):
-            rows.append([part.row["domain"], split, *(_number(scores[k]) for k in COLUMNS)])
+            rows.append([part.row["domain"], split, WORDS[scores["score"]], *(_number(scores[k]) for k in COLUMNS)])
     return rows
 
 
 def _markdown(found: Collected) -> str:
-    head = ["domain", "split", *COLUMNS.values()]
+    head = ["domain", "split", "score", *COLUMNS.values()]
     lines = [" | ".join(r) for r in (head, ["---"] * len(head), *_cells(found))]
     told = [f"- {p.row['domain']}: {p.row['outcome']}" for p in found.parts]
     return f"# Study {found.result['study']}\n\n{_about(found)}\n\n" + "\n".join(
@@ -93,7 +95,7 @@ def _markdown(found: Collected) -> str:
 def _about(found: Collected) -> str:
     r, gap = found.result, found.result["gap_between_trials"]
     text = (
-        f"mIoU with {r['prompt']} prompts, model {r['model']}; {r['trials']} trials per domain of at most {r['steps']} "
+        f"{r['prompt']} prompts, model {r['model']}; {r['trials']} trials per domain of at most {r['steps']} "
         f"steps, {r['workers']} worker(s) each, seed {r['seed']}; {r['seconds'] / 60:.1f} minutes"
     )
     return text + (f"; {gap['median']:.2f} s between trials." if gap else ".")
@@ -109,7 +111,7 @@ code { background: #f3f3f3; padding: 0 .3em } small { color: #666 }
 
 def _page(found: Collected) -> str:
     name = escape(found.result["study"])
-    head = ["domain", "split", *COLUMNS.values()]
+    head = ["domain", "split", "score", *COLUMNS.values()]
     failed = [r for r in found.result["domains"] if "error" in r]
     body = [f"<h1>Study {name}</h1><p>{escape(_about(found))}</p>", _table(head, _cells(found))]
     body += [f"<p><b>{escape(r['domain'])}</b> failed: {escape(r['error'])}</p>" for r in failed]
@@ -131,8 +133,8 @@ def _domain(part: Part, plan: Plan) -> str:
         out.append(f'<img alt="before and after adaptation" src="data:image/png;base64,{data}">')
     if part.trials:
         drawings = [
-            plots.by_trial(part.trials, val["direct"], val["ellipse"]),
-            plots.by_step(part.curves, row["best_trial"]),
+            plots.by_trial(part.trials, val["direct"], val["ellipse"], WORDS[val["score"]]),
+            plots.by_step(part.curves, row["best_trial"], WORDS[val["score"]]),
             plots.importances(part.trials, plan.space),
             plots.against_score(part.trials, plan.space),
         ]
@@ -142,7 +144,7 @@ def _domain(part: Part, plan: Plan) -> str:
 
 
 def _trials(part: Part, plan: Plan) -> str:
-    head = ["trial", "best val mIoU", "at step", "", *plan.space]
+    head = ["trial", "best on val", "at step", "", *plan.space]
     rows = []
     for t in sorted(part.trials, key=lambda t: -t.best):
         note = t.reference or ("stopped early" if t.pruned else "")

@@ -207,7 +207,7 @@ class Trial:
     config: dict[str, str]
     """Every hyperparameter, as text."""
     best: float
-    """Best val mIoU."""
+    """Best score on val: mIoU, or agreement where no masks are known."""
     best_step: int
     pruned: bool
     gap: float | None
@@ -227,7 +227,7 @@ def trials(tracker: Tracker, domain_run: str) -> list[Trial]:
                     reference=tags.get("wesam.reference"),
                     point=json.loads(tags["wesam.point"]),
                     config=dict(run.data.params),
-                    best=metrics["best_miou"],
+                    best=metrics["best_score"],
                     best_step=int(metrics["best_step"]),
                     pruned=tags.get("pruned") == "true",
                     gap=metrics.get("gap"),

@@ -23,7 +23,7 @@ from segment_anything.modeling import Sam
 from tuning.plan import Plan
 from wesam import Config, Report, Scores, adapt, load_domain, load_sam
 
-METRIC = "best_miou"
+METRIC = "best_score"
 """What is searched for and ranked by: the best val mIoU that the trial has reached so far."""
 
 PROGRESS_FILE = "progress.json"
@@ -87,13 +87,14 @@ def drive(trial: Mapping[str, Any], resume: Path | None, send: Send) -> None:
                 losses[name] += value
             if report.val is None:
                 continue
-            best = max(best, report.val.miou)
+            best = max(best, report.val.objective)
             metrics = {f"loss.{k}": v / count for k, v in losses.items()}
-            metrics |= {"val_miou": report.val.miou, "val_f1": report.val.f1}
+            metrics |= {f"val_{k}": v for k, v in report.val.known().items()}
             metrics |= {"seconds_per_step": seconds / count, "waited": waited / seconds}
+            score = report.val.objective
             result = {"step": report.step, "last": report.step == report.steps, METRIC: best, "metrics": metrics}
             # which checkpoint to keep: the best one, and of equals the first
-            result["rank"] = report.val.miou - 1e-9 * report.step
+            result |= {"score": score, "rank": score - 1e-9 * report.step}
             send(result, report)
             losses.clear()
             seconds, waited, count = 0.0, 0.0, 0

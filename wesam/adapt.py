@@ -148,7 +148,7 @@ def _too_much(sam: Sam, config: Config, step: int) -> str:
 
 @dataclass(frozen=True)
 class Best:
-    """The best checkpoint of an adaptation, by mIoU on val; step 0 is the unadapted model."""
+    """The best checkpoint of an adaptation, by its objective on val; step 0 is the unadapted model."""
 
     step: int
     val: Scores
@@ -166,7 +166,7 @@ def keep_best(
     """
     best: Best | None = None
     for report in reports:
-        better = report.val is not None and (best is None or report.val.miou > best.val.miou)
+        better = report.val is not None and (best is None or report.val.objective > best.val.objective)
         if report.val is not None and better:
             report.model.save(directory)
             best = Best(report.step, report.val, best.direct if best else report.val)
@@ -256,7 +256,7 @@ def _sum_over_workers(parameters: list[torch.nn.Parameter], values: Tensor) -> T
     return flat[at:]
 
 
-def _gathered(mine: list[tuple[Tensor, Tensor]], total: int) -> Scores:
+def _gathered(mine: list[dict[str, Tensor]], total: int) -> Scores:
     """The scores over all workers' images, in their one order, so that every worker has the same."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return Scores.of(mine)

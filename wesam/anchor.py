@@ -23,8 +23,9 @@ from wesam.adapters import autocast
 from wesam.config import ComputeConfig, PromptKind
 from wesam.crops import WHOLE, cut, inside, windows
 from wesam.data.domain import Sample
+from wesam.errors import InputError
 from wesam.losses import pooled
-from wesam.prompts import Prompts, weak_labels
+from wesam.prompts import Prompts
 from wesam.sam.checkpoints import home
 from wesam.sam.promptable import decode, encode, resize
 from wesam.store import Store
@@ -51,8 +52,8 @@ class Prepared:
     """uint8 [3, h, w], the longer side at the model's input size."""
     prompts: Prompts
     """The N that lie in it, in pixels of ``image``."""
-    masks: Tensor
-    """The true masks, bool [N, H, W], before resizing; only a supervised method looks at them."""
+    masks: Tensor | None
+    """The true masks, bool [N, H, W], before resizing, if known; only a supervised method looks at them."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Anchor:
     def _given(self, index: int) -> Prompts:
         if index not in self._labels:
             sample = self._split[index]
-            self._labels[index] = weak_labels(sample.masks, self._prompt, sample.key)
+            self._labels[index] = sample.weak_labels(self._prompt)
         return self._labels[index]
 
     def prepared(self, place: Place) -> Prepared:
@@ -100,12 +101,13 @@ class Anchor:
         if place not in self._prepared:
             index, around = place
             sample, prompts = self._split[index], self._given(index)
-            image, masks = sample.image, sample.masks
+            image, masks = sample.image, sample.masks if sample.has_masks else None
             if around != WHOLE:
                 number = torch.tensor([around])
                 window = windows(prompts[number], (image.shape[1], image.shape[2]), self._crop)[0]
                 there = inside(prompts, window)
-                image, masks, prompts = cut(image, window), cut(masks[there], window), prompts[there].seen_in(window)
+                image, prompts = cut(image, window), prompts[there].seen_in(window)
+                masks = None if masks is None else cut(masks[there], window)
             side: int = self.sam.image_encoder.img_size
             self._prepared[place] = Prepared(resize(image, side), prompts.scaled(side / max(image.shape[1:])), masks)
         return self._prepared[place]
@@ -156,6 +158,8 @@ class Anchor:
     def truth(self, place: Place, flips: Flips, chosen: Tensor) -> Tensor:
         """The true masks of the chosen instances, flipped, in SAM's low-resolution frame: covered share, [n, m, m]."""
         item = self.prepared(place)
+        if item.masks is None:
+            raise InputError(f"{self._split[place[0]].key} has no masks: nothing to be supervised by")
         side: int = self.sam.image_encoder.img_size
         h, w = item.image.shape[1:]
         small = F.interpolate(item.masks[chosen][:, None].float(), (h, w), mode="area")[:, 0]

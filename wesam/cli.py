@@ -8,8 +8,9 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +21,9 @@ from wesam.adapt import Report, adapt, keep_best
 from wesam.adapters import AdaptedSam
 from wesam.bench import bench_step
 from wesam.compare import compare
-from wesam.config import PRESETS, Config, PromptKind, method_preset, preset
-from wesam.console import Parser, guarded, json_file, table, write_json
-from wesam.data import SPLITS, Domain, domain_names, load_domain
+from wesam.config import PRESETS, Config, method_preset, preset
+from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, guarded, json_file, table, write_json
+from wesam.data import NOTES, PUBLISHED, SPLITS, Domain, load_domain, located
 from wesam.data.images import read_image
 from wesam.errors import InputError
 from wesam.evaluate import baseline, evaluate, predict
@@ -57,17 +58,16 @@ def _parser() -> Parser:
             "--device", type=_device, default=_device("auto"), help="cpu or cuda (default: cuda if it is there)"
         )
 
-    def data(p: argparse.ArgumentParser) -> None:
-        names = ", ".join(domain_names())
+    def data(p: argparse.ArgumentParser, option: str = "--domain", prompt: bool = True) -> None:
+        if option[0] == "-":
+            p.add_argument(option, required=True, metavar="D", help=DOMAIN_HELP)
+        else:
+            p.add_argument(option, metavar="D", help=DOMAIN_HELP)
         p.add_argument(
-            "--domain",
-            required=True,
-            metavar="D",
-            help=f"{names}, or a folder with train/val/test.json in COCO format; with +fog:5, say, corrupted",
+            "--data", default="", metavar="ROOT", help="where published data sets lie (default: $WESAM_DATA)"
         )
-        p.add_argument(
-            "--prompt", choices=get_args(PromptKind), default="box", help="kind of weak label (default: box)"
-        )
+        if prompt:
+            p.add_argument("--prompt", type=_kind, default="box", metavar="KIND", help=f"{PROMPT_HELP} (default: box)")
 
     def crop(p: argparse.ArgumentParser, default: str) -> None:
         p.add_argument(
@@ -89,15 +89,16 @@ def _parser() -> Parser:
     result(command("models", _models, "List the models."))
     p = command("fetch", _fetch, "Download the weights of a model, check them, and keep them in $WESAM_HOME.")
     p.add_argument("model", metavar="MODEL", help=f"one of {', '.join(model_names())}")
-    result(command("domains", _domains, "List the built-in domains."))
+    p = command("domains", _domains, "List the domains that have names; any folder is one too.")
+    p.add_argument("--data", default="", metavar="ROOT", help="where published data sets lie (default: $WESAM_DATA)")
+    result(p)
 
     p = command("check", _check, "Read all of a domain and list what is wrong with it; exit code 1 if it is unusable.")
-    p.add_argument("domain", metavar="D", help="as --domain elsewhere")
+    data(p, "domain", prompt=False)
     result(p)
 
     p = command("show", _show, "Draw images of a domain with their masks and weak labels on one sheet.")
-    p.add_argument("domain", metavar="D", help="as --domain elsewhere")
-    p.add_argument("--prompt", choices=get_args(PromptKind), default="box", help="kind of weak label (default: box)")
+    data(p, "domain")
     p.add_argument("--split", choices=SPLITS, default="train")
     p.add_argument("--images", type=int, default=12, help="(default: 12)")
     p.add_argument("--out", type=Path, required=True, metavar="SHEET.png")
@@ -187,10 +188,18 @@ def _fetch(args: argparse.Namespace) -> None:
 
 def _domains(args: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
-    for name in domain_names():
+    for name, note in NOTES.items():
         domain = load_domain(name)
-        rows.append({"domain": name, **{s: len(domain.split(s)) for s in SPLITS}, "note": domain.note})
-    print(table(rows))
+        counts = {s: len(domain.split(s)) for s in SPLITS}
+        rows.append({"domain": name, **counts, "note": f"generated: {note}", "terms": "Apache-2.0", "url": None})
+    for p in PUBLISHED.values():
+        rows.append({"domain": p.name, **dict.fromkeys(SPLITS), "note": p.layout, "terms": p.terms, "url": p.url})
+    for row in rows[len(NOTES) :]:
+        with suppress(InputError):  # it is not here
+            domain = load_domain(located(row["domain"], args.data))
+            row |= {s: len(domain.split(s)) for s in SPLITS}
+    print(table([{k: v for k, v in r.items() if k not in ("url", "terms")} for r in rows]))
+    print("published data sets are read from --data ROOT as unpacked; README.md says where each is got and its terms")
     write_json(args.json, rows)
 
 
@@ -199,7 +208,7 @@ def _check(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     left_out: tuple[str, ...] = ()
     try:
-        domain = load_domain(args.domain)
+        domain = load_domain(located(args.domain, args.data))
     except InputError as e:
         fatal = str(e).splitlines()
     else:
@@ -209,7 +218,7 @@ def _check(args: argparse.Namespace) -> int:
             for i in range(len(split)):
                 _line(f"reading {name} {i + 1}/{len(split)}")
                 try:
-                    instances += len(split.read(i).masks)
+                    instances += len(split.read(i))
                 except InputError as e:
                     fatal += str(e).splitlines()
             rows.append({"split": name, "images": len(split), "instances": instances})
@@ -226,12 +235,13 @@ def _check(args: argparse.Namespace) -> int:
     return 1 if fatal else 0
 
 
-def _domain(name: str) -> Domain:
+def _domain(args: argparse.Namespace) -> Domain:
     """The domain; says so if something of it is not used."""
-    domain = load_domain(name)
+    domain = load_domain(located(args.domain, args.data))
     if domain.left_out:
         print(
-            f"{len(domain.left_out)} wrong annotations of {name} are left out: wesam check lists them", file=sys.stderr
+            f"{len(domain.left_out)} annotations or images of {args.domain} are left out: wesam check lists them",
+            file=sys.stderr,
         )
     return domain
 
@@ -239,7 +249,7 @@ def _domain(name: str) -> Domain:
 def _show(args: argparse.Namespace) -> None:
     if args.images < 1:
         raise InputError(f"--images must be at least 1, got {args.images}")
-    domain = _domain(args.domain)
+    domain = _domain(args)
     split = domain.split(args.split)
     title = f"{domain.name}, {args.split}: {len(split)} images; given: {args.prompt}"
     _save(contact_sheet(split, args.prompt, title, images=args.images), args.out)
@@ -247,13 +257,14 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    domain = _domain(args.domain)
+    domain = _domain(args)
     split = domain.split(args.split)
     if args.baseline:
         scores, name, crop = baseline(args.baseline, split), f"{args.baseline} (no model)", None
     else:
         model, name = _model(args), args.model
         crop = args.crop if args.crop is not None else getattr(model, "crop", 0.0)
+        _ = split[0].masks  # without them there is no mIoU
         scores = evaluate(model, split, args.prompt, crop=args.crop, progress=_progress("evaluating"))
     row = {
         "domain": domain.name, "model": name, "adapter": str(args.adapter) if args.adapter else None,
@@ -265,7 +276,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _adapt(args: argparse.Namespace) -> None:
-    sam, domain = load_sam(args.model).to(args.device), _domain(args.domain)
+    sam, domain = load_sam(args.model).to(args.device), _domain(args)
     start = preset(args.preset) if args.preset else method_preset(args.model, args.method or "wesam")
     method = args.method or start.method
     get_method(method)
@@ -281,15 +292,17 @@ def _adapt(args: argparse.Namespace) -> None:
         if report.val is None:
             _line(f"{done}  loss {report.losses['total']:.3f}  {report.seconds:.2f} s/step")
             return
-        curve.append({"step": report.step, "miou": report.val.miou, "f1": report.val.f1, **report.losses})
+        curve.append({"step": report.step, **report.val.known(), **report.losses})
         _line("")
         kept = "  kept" if better else ""
-        print(f"{done}  val mIoU {report.val.miou:.3f}  {time.monotonic() - began:.0f} s{kept}", flush=True)
+        what = "mIoU" if report.val.chosen_by == "miou" else report.val.chosen_by
+        print(f"{done}  val {what} {report.val.objective:.3f}  {time.monotonic() - began:.0f} s{kept}", flush=True)
 
     best = keep_best(adapt(sam, domain, config), args.out, watch=watch)
     row = {
         "domain": domain.name, "model": args.model, "method": method, "prompt": args.prompt, "crop": config.crop,
-        "direct": best.direct.miou, "best": best.val.miou, "step": best.step, "adapter": str(args.out),
+        "score": best.val.chosen_by, "direct": best.direct.objective, "best": best.val.objective, "step": best.step,
+        "adapter": str(args.out),
     }  # fmt: skip
     print(table([row]))
     if best.step == 0:
@@ -299,7 +312,7 @@ def _adapt(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    sam, domain = load_sam(args.model).to(args.device), _domain(args.domain)
+    sam, domain = load_sam(args.model).to(args.device), _domain(args)
     if args.seeds < 1:
         raise InputError(f"--seeds must be at least 1, got {args.seeds}")
     changes = {"prompt": args.prompt} | ({} if args.crop is None else {"crop": args.crop})
@@ -409,6 +422,13 @@ def _set(args: argparse.Namespace) -> list[str]:
         if (path := text.partition("=")[0]) in ("method", "prompt", "seed", "crop"):
             raise InputError(f"--set {text}: {path} is not a hyperparameter here; use --{path} (or --methods, --seeds)")
     return list(args.set)
+
+
+def _kind(text: str) -> str:
+    try:
+        return Config().parse([f"prompt={text}"]).prompt
+    except InputError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 def _crop(text: str) -> float:

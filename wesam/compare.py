@@ -34,12 +34,11 @@ def compare(
     test = domain.split("test")
     first = next(iter(configs.values()))
     prompt, crop = first.prompt, first.crop
-    direct = evaluate(sam, test, prompt, crop=crop).miou
     row: dict[str, Any] = {
-        "box_filled": baseline("box", test).miou,
-        "ellipse": baseline("ellipse", test).miou,
-        "direct": direct,
+        "box_filled": baseline("box", test).objective,
+        "ellipse": baseline("ellipse", test).objective,
     }
+    row["direct"] = direct = evaluate(sam, test, prompt, crop=crop).objective
     watch("  ".join(f"{k} {v:.3f}" for k, v in row.items()))
     val = evaluate(sam, domain.split("val"), prompt, crop=crop)
     for name, config in configs.items():
@@ -47,8 +46,8 @@ def compare(
         for seed in seeds:
             with tempfile.TemporaryDirectory() as folder:
                 best = keep_best(adapt(sam, domain, config.replace({"seed": seed}), direct=val), Path(folder))
-                found.append(evaluate(AdaptedSam.load(sam, Path(folder)), test, prompt).miou)
-            watch(f"{name} seed {seed}: test mIoU {found[-1]:.3f} (val {best.val.miou:.3f} at step {best.step})")
+                found.append(evaluate(AdaptedSam.load(sam, Path(folder)), test, prompt).objective)
+            watch(f"{name} seed {seed}: test mIoU {found[-1]:.3f} (val {best.val.objective:.3f} at step {best.step})")
         row[name] = statistics.mean(found)
         row[f"{name}_sd"] = statistics.stdev(found) if len(found) > 1 else 0.0
         row[f"{name}_all"] = found

@@ -15,7 +15,12 @@ from typing import Any, Literal, Self
 
 from wesam.errors import InputError, unknown
 
-PromptKind = Literal["box", "point", "coarse"]
+PromptKind = Literal[
+    "box", "point", "coarse", "coarse-box",
+    "point1", "point2", "point3", "point4", "point5", "point6", "point7", "point8", "point9", "point10",
+]  # fmt: skip
+"""Kinds of weak labels: the tight box; 5 clicks inside and 5 outside (pointN: N and N); a polygon of few vertices as a
+mask, or its bounding box."""
 Targets = Literal["qkv", "attention", "encoder", "encoder+decoder"]
 Precision = Literal["auto", "fp32", "bf16"]
 Value = int | float | bool | str

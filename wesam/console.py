@@ -15,6 +15,15 @@ import torch
 
 from wesam.errors import InputError
 
+DOMAIN_HELP = (
+    "a name (wesam domains lists them), or a folder or fsspec address: COCO listings, or images with label images;"
+    " cells@70/10/20 cuts it into train, val and test, cells+fog:5 corrupts it"
+)
+PROMPT_HELP = (
+    "kind of weak label: box, point (5 clicks on the object, 5 beside it; point1 to point10: so many), coarse (a"
+    " polygon as a mask), coarse-box"
+)
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line and exit with code 2."""

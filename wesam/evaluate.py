@@ -1,8 +1,10 @@
-"""mIoU and F1 per instance, averaged per image and then over images, with masks compared at the image's own size."""
+"""mIoU and F1 per instance, averaged per image and then over images, with masks compared at the image's own size; and
+how well masks agree with the weak labels, which can be known without true masks.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from wesam.config import PromptKind
 from wesam.crops import cut, windows
 from wesam.data.domain import Sample
-from wesam.prompts import Prompts, tight_boxes, weak_labels
+from wesam.prompts import Prompts, tight_boxes
 from wesam.sam.promptable import decode, encode, resize, upscale
 
 CHUNK = 64
@@ -41,20 +43,41 @@ class Scores:
 
     images: int
     instances: int
-    miou: float
-    """Mean over images of the mean IoU of the image's instances, 0..1."""
-    f1: float
-    """The same mean of F1 = 2 TP / (2 TP + FP + FN), 0..1."""
+    miou: float | None
+    """Mean over images of the mean IoU of the image's instances, 0..1; None without true masks."""
+    f1: float | None
+    """The same mean of F1 = 2 TP / (2 TP + FP + FN), 0..1; None without true masks."""
+    agreement: float | None = None
+    """The same mean of :func:`agreement`, 0..1; None for what is no answer to prompts."""
+
+    @property
+    def objective(self) -> float:
+        """What an adaptation is chosen by: mIoU, or agreement where that is not known."""
+        known = self.miou if self.miou is not None else self.agreement
+        assert known is not None
+        return known
+
+    @property
+    def chosen_by(self) -> str:
+        """The name of ``objective``: ``miou`` or ``agreement``."""
+        return "miou" if self.miou is not None else "agreement"
+
+    def known(self) -> dict[str, float]:
+        """The scores that are known, by name."""
+        named = {"miou": self.miou, "f1": self.f1, "agreement": self.agreement}
+        return {k: v for k, v in named.items() if v is not None}
 
     @classmethod
-    def of(cls, per_image: Sequence[tuple[Tensor, Tensor]]) -> Scores:
-        """From each image's IoUs [N] and F1s [N]."""
-        return cls(
-            len(per_image),
-            sum(len(i) for i, _ in per_image),
-            float(torch.stack([i.mean() for i, _ in per_image]).mean()),
-            float(torch.stack([f.mean() for _, f in per_image]).mean()),
-        )
+    def of(cls, per_image: Sequence[Mapping[str, Tensor]]) -> Scores:
+        """From each image's scores by name, each [N]; one is known if every image has it."""
+
+        def mean(name: str) -> float | None:
+            if not all(name in each for each in per_image):
+                return None
+            return float(torch.stack([each[name].mean() for each in per_image]).mean())
+
+        instances = sum(len(next(iter(each.values()))) for each in per_image)
+        return cls(len(per_image), instances, mean("miou"), mean("f1"), mean("agreement"))
 
 
 def overlap(predicted: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,6 +85,36 @@ def overlap(predicted: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     both = (predicted & truth).flatten(1).sum(1).double()
     total = predicted.flatten(1).sum(1).double() + truth.flatten(1).sum(1).double()
     return both / (total - both), 2 * both / total
+
+
+def agreement(masks: Tensor, prompts: Prompts) -> Tensor:
+    """How well masks, bool [N, H, W], agree with the weak labels that they answer, [N], 0..1.
+
+    Boxes: IoU of the mask's tight box and the given one. Polygons: IoU of the mask and the polygon filled. Clicks: the
+    shares of those on the object that lie in the mask and of those beside it that do not, averaged.
+    """
+    if prompts.boxes is not None:
+        return _box_iou(tight_boxes(masks).double(), prompts.boxes.double())
+    if prompts.polygons is not None:
+        return overlap(masks, prompts.filled((masks.shape[1], masks.shape[2])))[0]
+    assert prompts.points is not None
+    assert prompts.point_labels is not None
+    place = prompts.points.floor().long()
+    x, y = place[..., 0].clamp(0, masks.shape[2] - 1), place[..., 1].clamp(0, masks.shape[1] - 1)
+    hit = masks[torch.arange(len(masks))[:, None], y, x]
+    shares = []
+    for label, right in ((1, hit), (0, ~hit)):
+        there = prompts.point_labels == label
+        share = (right & there).sum(1).double() / there.sum(1).clamp(min=1)
+        shares.append(torch.where(there.any(1), share, torch.nan))
+    return torch.stack(shares).nanmean(0)
+
+
+def _box_iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of boxes, both [N, 4], pair by pair -> [N]; 0 where one has no area."""
+    both = (torch.minimum(a[:, 2:], b[:, 2:]) - torch.maximum(a[:, :2], b[:, :2])).clamp(min=0).prod(1)
+    either = (a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - both
+    return both / either.clamp(min=1e-9)
 
 
 @torch.no_grad()
@@ -123,7 +176,10 @@ def evaluate(
     crop: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
-    """The model's scores on these images with prompts of this kind; crop: as :func:`predict` has it."""
+    """The model's scores on these images with prompts of this kind; crop: as :func:`predict` has it.
+
+    Without true masks, only the agreement with the weak labels is known.
+    """
     return Scores.of(measure(model, split, prompt, crop=crop, progress=progress))
 
 
@@ -134,13 +190,16 @@ def measure(
     *,
     crop: float | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> list[tuple[Tensor, Tensor]]:
-    """Each image's IoUs [N] and F1s [N]."""
+) -> list[dict[str, Tensor]]:
+    """Each image's scores by name, each [N]: miou and f1 where there are true masks, and agreement."""
     out = []
     for i in range(len(split)):
         sample = split[i]
-        masks, _ = predict(model, sample.image, weak_labels(sample.masks, prompt, sample.key), crop=crop)
-        out.append(overlap(masks, sample.masks))
+        given = sample.weak_labels(prompt)
+        masks, _ = predict(model, sample.image, given, crop=crop)
+        out.append(
+            {**(_against(masks, sample.masks) if sample.has_masks else {}), "agreement": agreement(masks, given)}
+        )
         if progress:
             progress(i + 1, len(split))
     return out
@@ -153,8 +212,12 @@ def baseline(kind: Literal["box", "ellipse"], split: Sequence[Sample]) -> Scores
         masks = split[i].masks
         boxes = tight_boxes(masks)
         drawn = torch.stack([_draw(kind, b, masks.shape[1], masks.shape[2]) for b in boxes])
-        out.append(overlap(drawn, masks))
+        out.append(_against(drawn, masks))
     return Scores.of(out)
+
+
+def _against(masks: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    return dict(zip(("miou", "f1"), overlap(masks, truth), strict=True))
 
 
 def _draw(kind: Literal["box", "ellipse"], box: Tensor, height: int, width: int) -> Tensor:

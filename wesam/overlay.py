@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from wesam.config import PromptKind
 from wesam.data.domain import Sample
-from wesam.prompts import NO_CLICK, Prompts, weak_labels
+from wesam.prompts import NO_CLICK, Prompts
 
 COLOURS = torch.tensor(
     [[230, 60, 60], [40, 140, 240], [250, 180, 30], [60, 190, 90], [170, 90, 220], [20, 190, 200], [240, 110, 180]]
@@ -64,11 +64,12 @@ def contact_sheet(
     rows: list[list[Image.Image]] = []
     for n in range(count := min(images, len(split))):
         sample = split[n * len(split) // count]
-        prompts = weak_labels(sample.masks, kind, sample.key)
+        prompts = sample.weak_labels(kind)
         factor = cell / max(sample.image.shape[1:])
         size = [max(1, round(n * factor)) for n in sample.image.shape[1:]]
         image = F.interpolate(sample.image[None].float(), size, mode="bilinear", antialias=True)[0].to(torch.uint8)
-        masks = F.interpolate(sample.masks[None].float(), size, mode="nearest-exact")[0] > 0
+        masks = sample.known_masks()
+        masks = F.interpolate(masks[None].float(), size, mode="nearest-exact")[0] > 0 if len(masks) else masks
         if n % columns == 0:
             rows.append([])
         rows[-1].append(overlay(image, masks, prompts.scaled(factor)))

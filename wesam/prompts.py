@@ -119,6 +119,15 @@ class Prompts:
             cv2.fillPoly(cell[0], [corners], 8.0, cv2.LINE_8, 4)
         return torch.from_numpy(out)
 
+    def filled(self, size: tuple[int, int]) -> Tensor:
+        """The polygons filled, bool [N, H, W] for this (height, width)."""
+        assert self.polygons is not None
+        out = np.zeros((len(self.polygons), *size), np.uint8)
+        for cell, polygon in zip(out, self.polygons, strict=True):
+            corners = np.round((polygon.numpy() - 0.5) * 16).astype(np.int32)
+            cv2.fillPoly(cell, [corners], 1, cv2.LINE_8, 4)
+        return torch.from_numpy(out).bool()
+
     @classmethod
     def concatenate(cls, parts: list[Self]) -> Self:
         """The prompts of several images as one, in order; all of the same kind."""
@@ -140,18 +149,32 @@ def weak_labels(masks: Tensor, kind: PromptKind, key: str) -> Prompts:
     """
     if kind == "box":
         return Prompts(boxes=tight_boxes(masks))
-    if kind == "coarse":
-        return Prompts(polygons=tuple(_polygon(m.numpy()) for m in masks))
+    if kind in ("coarse", "coarse-box"):
+        polygons = Prompts(polygons=tuple(_polygon(m.numpy()) for m in masks))
+        return polygons if kind == "coarse" else Prompts(boxes=polygons.extents())
+    count = int(kind.removeprefix("point") or POINTS)
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
     rng = np.random.default_rng(seed)
-    points = [_clicks(rng, m.numpy(), POINTS, POINTS) for m in masks]
-    labels = torch.tensor([1] * POINTS + [0] * POINTS).expand(len(masks), -1)
+    points = [_clicks(rng, m.numpy(), count, count) for m in masks]
+    labels = torch.tensor([1] * count + [0] * count).expand(len(masks), -1)
     return Prompts(points=torch.from_numpy(np.stack(points)), point_labels=labels)
 
 
 def tight_boxes(masks: Tensor) -> Tensor:
     """The tight bounding boxes [N, 4] of masks, bool [N, H, W]; all zeros for an empty mask."""
     return torch.cat([_extent(masks.any(1)), _extent(masks.any(2))], 1)[:, [0, 2, 1, 3]]
+
+
+def vanishing(boxes: Tensor, size: tuple[int, int], side: int) -> Tensor:
+    """Which instances a model of this input side cannot see, bool [N]: those less than one of its pixels wide or high.
+
+    boxes: [N, 4], in pixels of an image of this (height, width); at most N - 1 vanish: the largest always stays.
+    """
+    extent = (boxes[:, 2:] - boxes[:, :2]) * (side / max(size))
+    gone = (extent < 1).any(1)
+    if len(gone) and gone.all():
+        gone[extent.prod(1).argmax()] = False
+    return gone
 
 
 def _extent(line: Tensor) -> Tensor:

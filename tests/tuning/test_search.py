@@ -22,7 +22,7 @@ def plan(tmp_path: Path) -> Plan:
 
 
 def result(score: float, step: int) -> dict[str, Any]:
-    return {"best_miou": score, "step": step, "training_iteration": step, "last": step == 8}
+    return {"best_score": score, "step": step, "training_iteration": step, "last": step == 8}
 
 
 def test_the_references_come_first_and_then_points_of_the_space(plan: Plan) -> None:

@@ -71,7 +71,7 @@ def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
         ("evaluate --domain no/where", "no such folder: no/where"),
         ("evaluate --domain clean --model nan", "did you mean 'nano'"),
         ("evaluate --domain clean --adapter no/where", "no adapter in no/where"),
-        ("evaluate --domain clean --prompt boxes", "invalid choice"),
+        ("evaluate --domain clean --prompt boxes", "did you mean 'box'"),
         ("evaluate --domain clean --prompt box --splitt test", "unrecognized arguments"),
         ("adapt --domain clean --out {tmp}/a --set lora.rnk=3", "did you mean 'lora.rank'"),
         ("adapt --domain clean --out {tmp}/a --method wesm", "did you mean 'wesam'"),

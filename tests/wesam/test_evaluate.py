@@ -7,8 +7,8 @@ import torch
 from segment_anything.modeling import Sam
 
 from wesam.data import Sample, load_domain
-from wesam.evaluate import Scores, baseline, evaluate, overlap, predict
-from wesam.prompts import weak_labels
+from wesam.evaluate import Scores, agreement, baseline, evaluate, overlap, predict
+from wesam.prompts import Prompts, weak_labels
 
 
 def test_overlap_by_hand() -> None:
@@ -23,8 +23,33 @@ def test_overlap_by_hand() -> None:
 
 def test_scores_average_per_image_first() -> None:
     many, one = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([1.0])
-    scores = Scores.of([(many, many), (one, one)])
-    assert (scores.images, scores.instances, scores.miou, scores.f1) == (2, 4, 0.5, 0.5)
+    scores = Scores.of([{"miou": many, "f1": many, "agreement": many}, {"miou": one, "f1": one, "agreement": one}])
+    assert scores == Scores(2, 4, 0.5, 0.5, 0.5)
+    assert (scores.objective, scores.chosen_by) == (0.5, "miou")
+    assert Scores.of([{"agreement": many}, {"agreement": one, "miou": one}]).miou is None, "of every image or of none"
+
+
+def test_agreement_with_weak_labels_by_hand() -> None:
+    masks = torch.zeros(2, 10, 10, dtype=torch.bool)
+    masks[0, 2:6, 2:6] = True
+    boxes = Prompts(boxes=torch.tensor([[2.0, 2, 6, 4], [0, 0, 4, 4]]))
+    assert agreement(masks, boxes).tolist() == [pytest.approx(8 / 16), 0], "the second mask is empty"
+    clicks = torch.tensor([[[3.5, 3.5], [8.5, 8.5], [4.5, 4.5]]]).repeat(2, 1, 1)
+    labels = torch.tensor([[1, 1, 0], [1, 1, -1]])
+    given = Prompts(points=clicks, point_labels=labels)
+    assert agreement(masks, given).tolist() == [pytest.approx((1 / 2 + 0) / 2), 0]
+    square = torch.tensor([[2.5, 2.5], [5.5, 2.5], [5.5, 5.5], [2.5, 5.5]])  # through the outer pixels
+    filled = agreement(masks, Prompts(polygons=(square, square)))
+    assert filled.tolist() == [pytest.approx(1), 0]
+
+
+def test_without_masks_only_the_agreement_is_known(sam: Sam) -> None:
+    known = load_domain("clean").split("val")[:2]
+    boxes_only = [Sample(s.key, s.image, {"box": s.weak_labels("box")}) for s in known]
+    scores, reference = evaluate(sam, boxes_only, "box"), evaluate(sam, known, "box")
+    assert (scores.miou, scores.f1) == (None, None)
+    assert scores.agreement == reference.agreement
+    assert (scores.objective, scores.chosen_by) == (scores.agreement, "agreement")
 
 
 def test_baselines_by_hand() -> None:

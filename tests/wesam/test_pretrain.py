@@ -37,6 +37,7 @@ def scenes(count: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     return Groups(0, count, 192)[3]
 
 
+@pytest.mark.usefixtures("fresh_domains")
 def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SIZES, "val", 2)
     whole, halves = tmp_path / "whole", tmp_path / "halves"

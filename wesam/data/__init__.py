@@ -2,31 +2,57 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from pathlib import Path
 
-from wesam.data.coco import coco
 from wesam.data.corruptions import corrupted
 from wesam.data.domain import SPLITS, Domain, Sample, Split
+from wesam.data.files import is_address
+from wesam.data.folders import find_published, parse_cut, read_folder
 from wesam.data.procedural import NOTES, procedural
+from wesam.data.published import PUBLISHED
 from wesam.errors import InputError, unknown
 
 
 def domain_names() -> list[str]:
     """The names that :func:`load_domain` knows besides folders."""
-    return list(NOTES)
+    return [*NOTES, *PUBLISHED]
 
 
 def parted(name: str) -> tuple[str, str]:
     """What a domain is given as, in two: the name or the folder, and the corruption behind its last "+" or ""."""
     base, plus, corruption = name.rpartition("+")
-    return (base, corruption) if plus and not Path(name).is_dir() else (name, "")
+    return (base, corruption) if plus and not Path(name).exists() else (name, "")
+
+
+def located(name: str, root: str = "") -> str:
+    """The same domain, named so that it is found from any working directory.
+
+    root: where the published data sets are, or ``$WESAM_DATA``. Raises InputError if one is not there.
+    """
+    base, corruption = parted(name)
+    if base in PUBLISHED:
+        base = _published(base, root)
+    place = parse_cut(base)[0]
+    if base not in NOTES and Path(place).exists():
+        base = str(Path(place).absolute()) + base[len(place) :]
+    return f"{base}+{corruption}" if corruption else base
+
+
+def _published(name: str, root: str = "") -> str:
+    """The folder of a published data set."""
+    root = root or os.environ.get("WESAM_DATA", "")
+    if not root:
+        raise InputError(f"{name} is a published data set: --data ROOT, or $WESAM_DATA, says where it lies")
+    return find_published(name, root)
 
 
 @lru_cache(maxsize=16)
 def load_domain(name: str) -> Domain:
-    """The domain of this name, or in this folder (train.json, val.json, test.json in COCO instances format).
+    """The domain of this name, or in this folder, COCO file or fsspec address (:func:`wesam.data.folders.read_folder`).
 
+    A published data set is looked for in the folder ``$WESAM_DATA`` and three levels below.
     With ``+CORRUPTION:SEVERITY`` after it, as in ``clean+fog:3``, corrupted: :func:`wesam.data.corruptions.corrupted`.
     A process loads a domain once. Raises InputError for an unknown name and for a folder that is no domain.
     """
@@ -37,12 +63,25 @@ def load_domain(name: str) -> Domain:
         if (Path(name) / "train.json").is_file():
             raise InputError(f"{name!r} is a built-in domain and a folder here: write ./{name} for the folder")
         return procedural(name)
-    folder = Path(name)
-    if folder.is_dir():
-        return coco(folder)
-    if "/" in name:
-        raise InputError(f"no such folder: {name}")
-    raise unknown("domain", name, NOTES)
+    if name in PUBLISHED:
+        return read_folder(_published(name))
+    place = parse_cut(name)[0]
+    if is_address(place) or Path(place).is_dir() or (place.endswith(".json") and Path(place).is_file()):
+        return read_folder(name)
+    if "/" in place or place.endswith(".json"):
+        raise InputError(f"no such {'file' if place.endswith('.json') else 'folder'}: {place}")
+    raise unknown("domain", name, domain_names())
 
 
-__all__ = ["SPLITS", "Domain", "Sample", "Split", "domain_names", "load_domain", "parted"]
+__all__ = [
+    "NOTES",
+    "PUBLISHED",
+    "SPLITS",
+    "Domain",
+    "Sample",
+    "Split",
+    "domain_names",
+    "load_domain",
+    "located",
+    "parted",
+]

@@ -1,59 +1,42 @@
-"""A domain in COCO's instances format: a folder with train.json, val.json and test.json, and images beside them."""
+"""Listings in COCO's instances format: images and annotations with masks, or with boxes or clicks alone."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+import math
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
-
-from wesam.data.domain import SPLITS, Domain, Sample, Split
-from wesam.data.images import MOST_PIXELS, may_have_size, read_image
-from wesam.data.segmentations import packed, unpacked
+from wesam.data.files import Folder, leads_out
+from wesam.data.images import MOST_PIXELS
+from wesam.data.listing import Click, Entry, Findings, Given, Size
+from wesam.data.segmentations import packed
 from wesam.errors import InputError
 
 Json = dict[str, Any]
 
 
-@dataclass
-class _Findings:
-    """What is wrong with a domain's files."""
+def listed(
+    folder: Folder, name: str, images: str, digest: hashlib._Hash, found: Findings, *, all_images: bool = False
+) -> list[Entry] | None:
+    """The images with instances in the listing of this name, in its order; None if it is unusable.
 
-    fatal: list[str] = field(default_factory=list)
-    """What makes it unusable."""
-    left_out: list[str] = field(default_factory=list)
-    """Annotations that are not used, and why."""
-
-
-def coco(folder: Path) -> Domain:
-    """The domain in this folder, named after it.
-
-    Each file lists images (``file_name`` relative to the folder) and annotations with a ``segmentation``: polygons,
-    compressed or uncompressed RLE. Crowd regions and images without instances are left out; annotations that are wrong
-    are left out too, and listed in ``Domain.left_out``. Raises InputError with a line for each thing that makes the
-    folder unusable; images are opened, but not decoded.
+    images: what goes before each ``file_name``: a folder with "/" at its end, or nothing; then they may also lie in
+    ``images/``. all_images: those without instances too. Masks are polygons, compressed or uncompressed RLE. Where no
+    annotation of the listing has a ``segmentation``, its ``bbox`` and ``keypoints`` are the given weak labels: a
+    keypoint with v = 2 is a click on the object, with v = 1 one beside it. Crowd regions are left out; annotations that
+    are wrong are left out too, and listed in ``found``. The listing and its images' sizes in bytes go into the digest.
     """
-    digest = hashlib.sha256()
-    found = _Findings()
-    splits = {name: _split(folder / f"{name}.json", digest, found) for name in SPLITS}
-    if found.fatal:
-        raise InputError("\n".join(found.fatal))
-    kept = {name: split for name, split in splits.items() if split}
-    note = f"COCO instances in {folder}"
-    return Domain(folder.resolve().name, kept, digest.hexdigest(), note, tuple(found.left_out))
-
-
-def _split(path: Path, digest: hashlib._Hash, found: _Findings) -> Split | None:
-    """The split, whose listing and images' sizes in bytes go into the digest; None if it is unusable."""
+    path = folder.path(name)
     try:
-        text = path.read_bytes()
+        text = folder.local(name).read_bytes()
         listing = json.loads(text)
-    except OSError:
-        found.fatal.append(f"no {path.name} in {path.parent}: a domain has train.json, val.json and test.json")
+    except OSError as e:
+        found.fatal.append(f"cannot read {path}: {e.strerror}")
+        return None
+    except InputError as e:
+        found.fatal.append(str(e))
         return None
     except json.JSONDecodeError as e:
         found.fatal.append(f"{path} is not JSON: {e.msg} in line {e.lineno}, column {e.colno}")
@@ -62,25 +45,44 @@ def _split(path: Path, digest: hashlib._Hash, found: _Findings) -> Split | None:
         found.fatal.append(f"{path} is not JSON: {e}")
         return None
     digest.update(text)
+    if problem := _no_listing(listing):
+        found.fatal.append(f"{path} is not in COCO instances format: {problem}")
+        return None
+    before = len(found.fatal)
+    known = _images(path, listing["images"], found)
+    instances = _instances(path, listing["annotations"], known, found)
+    first = next((i["file_name"] for i in known.values()), "")
+    if not images and first not in folder and f"images/{first}" in folder:
+        images = "images/"
+    entries = [
+        Entry(images + i["file_name"], (i["height"], i["width"]), instances[i["id"]])
+        for i in known.values()
+        if instances[i["id"]] or all_images
+    ]
+    for entry in entries:
+        if entry.name in folder:
+            digest.update(f"{entry.name} {folder.size(entry.name)}\n".encode())
+    if not entries and len(found.fatal) == before:
+        found.fatal.append(f"{path} has no image with an instance")
+    return entries
+
+
+def is_listing(folder: Folder, name: str) -> bool:
+    """Whether a JSON file lists images and annotations."""
+    try:
+        return _no_listing(json.loads(folder.local(name).read_bytes())) is None
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _no_listing(listing: Any) -> str | None:
     for key in ("images", "annotations"):
         if not isinstance(listing, dict) or not isinstance(listing.get(key), list):
-            found.fatal.append(f"{path} is not in COCO instances format: it has no list of {key}")
-            return None
-    before = len(found.fatal)
-    images = _images(path, listing["images"], found)
-    masks = _masks(path, listing["annotations"], images, found)
-    used = [i for i in images.values() if masks[i["id"]]]
-    for image in used:
-        if problem := _unusable(path, image):
-            found.fatal.append(problem)
-        else:
-            digest.update(f"{image['file_name']} {(path.parent / image['file_name']).stat().st_size}\n".encode())
-    if not used and len(found.fatal) == before:
-        found.fatal.append(f"{path} has no image with an instance mask")
-    return Split(len(used), lambda n: _sample(path, used[n], masks[used[n]["id"]]))
+            return f"it has no list of {key}"
+    return None
 
 
-def _images(path: Path, given: list[Any], found: _Findings) -> dict[Any, Json]:
+def _images(path: str, given: list[Any], found: Findings) -> dict[Any, Json]:
     """The images by id."""
     images: dict[Any, Json] = {}
     for n, image in enumerate(given):
@@ -108,16 +110,19 @@ def _wrong_image(image: Any) -> str | None:
     name = image["file_name"]
     if not isinstance(name, str) or not name or "\0" in name:
         return f"its file_name is {name!r}"
-    if any(p(name).is_absolute() or ".." in p(name).parts for p in (PurePosixPath, PureWindowsPath)):
+    if leads_out(name):
         return f"its file_name {name!r} leads out of the folder: refused"
     return None
 
 
-def _masks(path: Path, given: list[Any], images: dict[Any, Json], found: _Findings) -> dict[Any, list[Json]]:
-    """The instances' compressed RLEs, by their image's id."""
-    masks: dict[Any, list[Json]] = {i: [] for i in images}
+def _instances(path: str, annotations: list[Any], images: dict[Any, Json], found: Findings) -> dict[Any, Sequence[Any]]:
+    """The instances by their image's id, all as compressed RLEs or all as :class:`Given`."""
+    objects = [a for a in annotations if isinstance(a, dict) and not a.get("iscrowd")]
+    masks = any(a.get("segmentation") for a in objects)
+    kinds = [] if masks else [k for k in ("bbox", "keypoints") if any(a.get(k) for a in objects)]
+    instances: dict[Any, list[Any]] = {i: [] for i in images}
     seen = set()
-    for n, a in enumerate(given):
+    for n, a in enumerate(annotations):
         name = a["id"] if isinstance(a, dict) and "id" in a else f"{n} of the list"
         try:
             if not isinstance(a, dict):
@@ -130,32 +135,47 @@ def _masks(path: Path, given: list[Any], images: dict[Any, Json], found: _Findin
             if str(name) in seen:
                 raise ValueError("its id is that of another")
             size = images[image]["height"], images[image]["width"]
-            masks[image].append(packed(a.get("segmentation"), *size))
+            instances[image].append(_given(a, kinds, size) if kinds else packed(a.get("segmentation"), *size))
             seen.add(str(name))
         except ValueError as e:
             found.left_out.append(f"{path}: annotation {name}: {e}")
-    return masks
+    return dict(instances)
 
 
-def _unusable(path: Path, image: Json) -> str | None:
-    """What is wrong with an image's file, by its header, if anything is."""
-    file, size = path.parent / image["file_name"], (image["height"], image["width"])
-    if not file.is_file():
-        return f"{path} names an image that is not there: {image['file_name']}"
-    try:
-        if not may_have_size(file, size):
-            return f"{file} is not of {size[1]} x {size[0]} pixels, as {path.name} says"
-    except InputError as e:
-        return str(e)
-    return None
+def _given(annotation: Json, kinds: list[str], size: Size) -> Given:
+    """The weak labels of these kinds; raises ValueError, in words, if one is missing or wrong."""
+    box = _box(annotation.get("bbox"), size) if "bbox" in kinds else None
+    return Given(box, _clicks(annotation.get("keypoints"), size) if "keypoints" in kinds else ())
 
 
-def _sample(path: Path, image: Json, codes: list[Json]) -> Sample:
-    file, (h, w) = path.parent / image["file_name"], (image["height"], image["width"])
-    pixels = read_image(file, (h, w))
-    if pixels.shape[:2] != (h, w):
-        raise InputError(f"{file} has changed its size since the domain was loaded")
-    masks = np.stack([unpacked(code) for code in codes])
-    key = f"{path.parent.resolve().name}/{path.stem}/{image['file_name']}"
-    tensor = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
-    return Sample(key, tensor, torch.from_numpy(masks))
+def _box(given: Any, size: Size) -> tuple[float, float, float, float]:
+    """(x0, y0, x1, y1), cut to the image, from COCO's x, y, width, height."""
+    if not _numbers(given) or len(given) != 4:
+        raise ValueError(f"its bbox is {given!r}, not x, y, width, height")
+    x, y, w, h = map(float, given)
+    if not (w > 0 and h > 0):
+        raise ValueError(f"its bbox is {w:g} x {h:g} pixels")
+    box = max(x, 0.0), max(y, 0.0), min(x + w, float(size[1])), min(y + h, float(size[0]))
+    if not (box[0] < box[2] and box[1] < box[3]):
+        raise ValueError("its bbox lies beside the image")
+    return box
+
+
+def _clicks(given: Any, size: Size) -> tuple[Click, ...]:
+    if not _numbers(given) or not given or len(given) % 3:
+        raise ValueError("its keypoints are no list of x, y, v, x, y, v, ...")
+    clicks = []
+    for x, y, v in zip(given[::3], given[1::3], given[2::3], strict=True):
+        if v not in (0, 1, 2):
+            raise ValueError(f"a keypoint of it has v = {v!r}, not 0, 1 or 2")
+        if v and not (0 <= x <= size[1] and 0 <= y <= size[0]):
+            raise ValueError("a keypoint of it lies beside the image")
+        if v:
+            clicks.append((float(x), float(y), int(v) - 1))
+    if not any(label for _, _, label in clicks):
+        raise ValueError("no keypoint of it lies on the object (v = 2)")
+    return tuple(clicks)
+
+
+def _numbers(given: Any) -> bool:
+    return isinstance(given, list) and all(type(v) in (int, float) and math.isfinite(v) for v in given)

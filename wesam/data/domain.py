@@ -1,12 +1,16 @@
-"""What a domain is: a name and three disjoint splits of images with instance masks."""
+"""What a domain is: a name and three disjoint splits of images with instances."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
 from torch import Tensor
+
+from wesam.config import PromptKind
+from wesam.errors import InputError
+from wesam.prompts import Prompts, weak_labels
 
 SPLITS = ("train", "val", "test")
 
@@ -19,8 +23,45 @@ class Sample:
     """Names the image among all images: domain, split, file."""
     image: Tensor
     """uint8 [3, H, W], RGB."""
-    masks: Tensor
-    """bool [N, H, W], N >= 1, each with at least one pixel."""
+    labels: Tensor | Mapping[PromptKind, Prompts]
+    """The instances' masks, bool [N, H, W], N >= 1, each with at least one pixel; or, where no masks are known, the
+    weak labels that were given, N of each kind."""
+
+    @property
+    def masks(self) -> Tensor:
+        """The instances' masks, bool [N, H, W]; raises InputError if none are known."""
+        if isinstance(self.labels, Tensor):
+            return self.labels
+        raise InputError(f"{self.key} has no masks, only weak labels ({', '.join(self.labels)}): no mIoU")
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether its masks are known."""
+        return isinstance(self.labels, Tensor)
+
+    def known_masks(self) -> Tensor:
+        """The instances' masks, or none, bool [0, H, W], where they are not known."""
+        return self.labels if isinstance(self.labels, Tensor) else self.image.new_zeros(0, *self.image.shape[1:]).bool()
+
+    def __len__(self) -> int:
+        """The number of instances."""
+        return len(self.labels if isinstance(self.labels, Tensor) else next(iter(self.labels.values())))
+
+    def weak_labels(self, kind: PromptKind) -> Prompts:
+        """The N weak labels of this kind, as given, or drawn from the masks: always the same ones.
+
+        Raises InputError if there are no masks and none of this kind are given.
+        """
+        if isinstance(self.labels, Tensor):
+            return weak_labels(self.labels, kind, self.key)
+        if kind not in self.labels:
+            raise InputError(f"{self.key} has no masks, only weak labels: --prompt {' or '.join(self.labels)}")
+        return self.labels[kind]
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory, but for weak labels."""
+        return self.image.nbytes + (self.labels.nbytes if isinstance(self.labels, Tensor) else 0)
 
 
 KEPT_BYTES = 2**30
@@ -30,8 +71,10 @@ KEPT_BYTES = 2**30
 class Split(Sequence[Sample]):
     """The images of one split, read when asked for and then kept while they fit."""
 
-    def __init__(self, size: int, read: Callable[[int], Sample]) -> None:
+    def __init__(self, size: int, read: Callable[[int], Sample], small: Callable[[int], int] = lambda side: 0) -> None:
         self.read = read
+        self.small = small
+        """How many of all instances a model of this input side cannot see (:func:`wesam.prompts.vanishing`)."""
         self._kept: list[Sample | None] = [None] * size
         self._bytes = 0
 
@@ -48,7 +91,7 @@ class Split(Sequence[Sample]):
         sample = self._kept[index]
         if sample is None:
             sample = self.read(range(len(self))[index])
-            self._bytes += sample.image.nbytes + sample.masks.nbytes
+            self._bytes += sample.nbytes
             if self._bytes <= KEPT_BYTES:
                 self._kept[index] = sample
         return sample

@@ -38,6 +38,23 @@ def read_image(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
             raise InputError(f"cannot read the image {file}: {e}") from None
 
 
+def read_labels(file: Path) -> np.ndarray:
+    """The values of a label image, int [H, W]: grey values of any depth, indices into a palette, or colours, red first,
+    as one number; raises InputError if it is none, is too large or ends early.
+    """
+    with _opened(file, deep=True) as image:
+        try:
+            values = np.asarray(image.convert("RGB") if image.mode in ("RGBA", "CMYK", "YCbCr") else image)
+        except (OSError, SyntaxError, ValueError) as e:
+            raise InputError(f"cannot read the image {file}: {e}") from None
+    if values.dtype.kind == "f" and not (np.isfinite(values).all() and (values == values.round()).all()):
+        raise InputError(f"{file} holds fractions: it is no label image")
+    wide = values.astype(np.int64)
+    if wide.ndim == 2:
+        return wide
+    return wide[..., 0] if wide.shape[2] < 3 else wide[..., 0] * 65536 + wide[..., 1] * 256 + wide[..., 2]
+
+
 def _turned(image: Image.Image, file: Path) -> bool:
     """Whether its EXIF orientation makes its height its width."""
     try:
@@ -46,7 +63,7 @@ def _turned(image: Image.Image, file: Path) -> bool:
         raise InputError(f"cannot read the image {file}: {e}") from None
 
 
-def _opened(file: Path) -> Image.Image:
+def _opened(file: Path, deep: bool = False) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -60,6 +77,6 @@ def _opened(file: Path) -> Image.Image:
     if image.width * image.height > MOST_PIXELS:
         raise InputError(f"{file} has {image.width} x {image.height} pixels, more than {MOST_PIXELS // 10**6} million: "
                          "not read")  # fmt: skip
-    if image.mode.startswith(("I", "F")):
+    if image.mode.startswith(("I", "F")) and not deep:
         raise InputError(f"{file} has more than 8 bits a channel: save it with 8, scaled as it should be seen")
     return image

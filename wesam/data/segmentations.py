@@ -39,6 +39,11 @@ def unpacked(code: dict[str, Any]) -> np.ndarray:
     return mask
 
 
+def packed_mask(mask: np.ndarray) -> dict[str, Any]:
+    """The compressed RLE of a mask, bool [H, W]."""
+    return dict(rle.encode(np.asfortranarray(mask, dtype=np.uint8)))
+
+
 def _some(given: list[Any]) -> list[Any]:
     if not given:
         raise ValueError("it has no segmentation")

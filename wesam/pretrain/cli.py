@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
             names = f"{sum(p.numel() for p in trainer.model.sam.parameters()) / 1e6:.2f} million parameters"
             print(f"{names}, {device}, from step {trainer.step}", flush=True)
         splits = [d.split("val") for d in watched]
-        ellipses = [baseline("ellipse", s).miou for s in splits] if first else []
+        ellipses = [baseline("ellipse", s).objective for s in splits] if first else []
         losses: list[torch.Tensor] = []
         began, begun_at = time.monotonic(), trainer.step
         late = False
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _scores(trainer: Trainer, name: str, split: Any, ellipse: float) -> dict[str, float]:
     """The averaged model's mIoU on a split, by kind of prompt, beside the ellipse's."""
     model = trainer.average.module.eval()
-    found = {str(k): evaluate(model, split, k).miou for k in KINDS}
+    found = {str(k): evaluate(model, split, k).objective for k in KINDS}
     return {f"{name} {k}": v for k, v in {"ellipse": ellipse, **found}.items()}
 
 

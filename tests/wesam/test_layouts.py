@@ -1,0 +1,437 @@
+"""Every layout in its published form, tiny and made on the spot."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wesam.data import SPLITS, Domain, load_domain, located
+from wesam.data.files import Folder
+from wesam.data.folders import Cut, parse_cut
+from wesam.data.published import PUBLISHED
+from wesam.errors import InputError
+
+H, W = 40, 60
+
+
+pytestmark = pytest.mark.usefixtures("fresh_domains")
+
+
+def photo(file: Path, size: tuple[int, int] = (H, W)) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    seed = int.from_bytes(file.stem.encode(), "big") % 2**32
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (*size, 3), np.uint8)).save(file)
+
+
+def labels(file: Path, *values: int, kind: type = np.uint8, mode: str = "") -> None:
+    """A label image with a block of six columns for each value, beginning at columns 4, 14, 24, ..."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.zeros((H, W), kind)
+    for n, value in enumerate(values):
+        pixels[5:25, 4 + 10 * n : 10 + 10 * n] = value
+    image = Image.fromarray(pixels)
+    if mode == "P":
+        image.putpalette([v for n in range(256) for v in (n * 37 % 256, n * 91 % 256, n)])
+        assert image.mode == "P"
+    image.save(file, **({"quality": 95} if file.suffix == ".jpg" else {}))
+
+
+def columns(domain: Domain, split: str, index: int) -> list[tuple[int, int]]:
+    """First and last column of each instance."""
+    return [(int(c[0]), int(c[-1])) for m in domain.split(split)[index].masks if len(c := m.any(0).nonzero()[:, 0])]
+
+
+BLOCKS = [(4, 9), (14, 19), (24, 29)]
+
+
+def voc(root: Path) -> None:
+    for n in range(14):
+        photo(root / f"VOCdevkit/VOC2012/JPEGImages/2007_{n:06}.jpg")
+        labels(root / f"VOCdevkit/VOC2012/SegmentationObject/2007_{n:06}.png", 1, 2, 255, mode="P")
+    photo(root / "VOCdevkit/VOC2012/JPEGImages/2008_000001.jpg")  # most have no segmentation
+
+
+def kvasir(root: Path) -> None:
+    boxes = {}
+    for n in range(12):
+        photo(root / f"Kvasir-SEG/images/cju{n}.jpg")
+        labels(root / f"Kvasir-SEG/masks/cju{n}.jpg", 255, 255)
+        boxes[f"cju{n}"] = {
+            "height": H,
+            "width": W,
+            "bbox": [
+                {"label": "polyp", "xmin": x, "ymin": 5, "xmax": x + 6, "ymax": 25} for x in (4, 14)
+            ],
+        }  # fmt: skip
+    (root / "Kvasir-SEG/kavsir_bboxes.json").write_text(json.dumps(boxes))
+
+
+def isic(root: Path) -> None:
+    for part, count in (("Training", 10), ("Test", 4)):
+        for n in range(count):
+            photo(root / f"ISBI2016_ISIC_Part1_{part}_Data/ISIC_{n:07}.jpg")
+            labels(root / f"ISBI2016_ISIC_Part1_{part}_GroundTruth/ISIC_{n:07}_Segmentation.png", 255)
+
+
+def camo(root: Path) -> None:
+    top = root / "CAMO-V.1.0-CVIU2019"
+    for part, start, count in (("Train", 1, 10), ("Test", 50, 4)):
+        for n in range(start, start + count):
+            photo(top / f"Images/{part}/camourflage_{n:05}.jpg")
+            labels(top / f"GT/camourflage_{n:05}.png", 255)
+    photo(top / "Images/Test/camourflage_00099.jpg", (H, W + 2))  # of another size than its labels, as some are
+    labels(top / "GT/camourflage_00099.png", 255)
+
+
+def cod10k(root: Path) -> None:
+    for n in range(10):
+        name = f"COD10K-CAM-1-Aquatic-{n}-Crab-{n}"
+        photo(root / f"COD10K-v3/Test/Image/{name}.jpg")
+        labels(root / f"COD10K-v3/Test/GT_Object/{name}.png", 255)
+    photo(root / "COD10K-v3/Test/Image/COD10K-NonCAM-5-Other-1-Other-1.jpg")
+    labels(root / "COD10K-v3/Test/GT_Object/COD10K-NonCAM-5-Other-1-Other-1.png")
+
+
+def chameleon(root: Path) -> None:
+    for n in range(14):
+        photo(root / f"CHAMELEON/Imgs/animal-{n}.jpg")
+        labels(root / f"CHAMELEON/GT/animal-{n}.png", 255)
+
+
+def ocid(root: Path) -> None:
+    for n in range(7):
+        for place, values in (("table/top", (1, 2, 3, 4)), ("floor/bottom", (1, 2, 3))):
+            base = root / f"OCID-dataset/ARID20/{place}/seq01"
+            photo(base / f"rgb/result_2018-08-20-{n}.png")
+            labels(base / f"label/result_2018-08-20-{n}.png", *values, kind=np.uint16)
+
+
+def osd(root: Path) -> None:
+    for n in range(14):
+        photo(root / f"OSD-0.2-depth/image_color/learn{n}.png")
+        labels(root / f"OSD-0.2-depth/annotation/learn{n}.png", 1, 2, 3)
+
+
+def coco(root: Path) -> None:
+    images, annotations = [], []
+    for n in reversed(range(15)):  # not in the order of their ids
+        photo(root / f"val2017/{n:012}.jpg")
+        images.append({"id": n, "file_name": f"{n:012}.jpg", "height": H, "width": W})
+        if n != 3:  # some have no annotation
+            square = [4, 5, 10, 5, 10, 25, 4, 25]
+            annotations.append({"id": n, "image_id": n, "iscrowd": 0, "segmentation": [square], "bbox": [4, 5, 6, 20]})
+    (root / "annotations").mkdir()
+    listing = {"images": images, "annotations": annotations, "categories": []}
+    (root / "annotations/instances_val2017.json").write_text(json.dumps(listing))
+    (root / "annotations/captions_val2017.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("make", "counts", "first", "tested"),
+    [
+        (coco, (11, 1, 2), BLOCKS[:1], ("000000000006.jpg", "000000000013.jpg")),
+        (voc, (11, 1, 2), BLOCKS[:2], ("2007_000006.jpg", "2007_000013.jpg")),
+        (kvasir, (9, 1, 2), BLOCKS[:2], ("cju5.jpg", "cju11.jpg")),
+        (isic, (9, 1, 4), BLOCKS[:1], ("ISIC_0000000.jpg", "ISIC_0000003.jpg")),
+        (camo, (9, 1, 4), BLOCKS[:1], ("camourflage_00050.jpg", "camourflage_00053.jpg")),
+        (cod10k, (7, 1, 2), BLOCKS[:1], ("COD10K-CAM-1-Aquatic-4-Crab-4.jpg", "COD10K-CAM-1-Aquatic-9-Crab-9.jpg")),
+        (chameleon, (11, 1, 2), BLOCKS[:1], ("animal-2.jpg", "animal-9.jpg")),
+        (ocid, (11, 1, 2), [(14, 19), (24, 29)], ("result_2018-08-20-6.png", "result_2018-08-20-6.png")),
+        (osd, (11, 1, 2), [(14, 19), (24, 29)], ("learn2.png", "learn9.png")),
+    ],
+)  # fmt: skip
+def test_published_data_sets_are_read_as_they_are_unpacked(
+    make: Callable[[Path], None],
+    counts: tuple[int, int, int],
+    first: list[tuple[int, int]],
+    tested: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make(tmp_path)
+    name = make.__name__
+    with pytest.raises(InputError, match=f"{name} is a published data set: --data ROOT"):
+        load_domain(name)
+    monkeypatch.setenv("WESAM_DATA", str(tmp_path))
+    domain = load_domain(name)
+    assert domain.name == name
+    assert PUBLISHED[name].terms in domain.note
+    assert tuple(len(domain.split(s)) for s in SPLITS) == counts
+    assert columns(domain, "train", 0) == first
+    keys = {s: [x.key for x in domain.split(s)] for s in SPLITS}
+    assert len({k for part in keys.values() for k in part}) == sum(counts), "no image is in two splits"
+    assert tuple(keys["test"][i].rpartition("/")[2] for i in (0, -1)) == tested
+    assert len(domain.left_out) == (make is camo)
+    again = load_domain(located(name, str(tmp_path)))  # by its folder
+    assert again.name == name
+    assert again.digest == domain.digest
+    assert load_domain(f"{name}+fog:2").name == f"{name}+fog2"
+
+
+def test_a_table_of_ocid_is_no_object(tmp_path: Path) -> None:
+    ocid(tmp_path)
+    domain = load_domain(str(tmp_path / "OCID-dataset"))
+    on_tables = [(s, i) for s in SPLITS for i, x in enumerate(domain.split(s)) if "table" in x.key]
+    assert len(on_tables) == 7
+    assert {tuple(columns(domain, s, i)) for s, i in on_tables} == {((24, 29), (34, 39))}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_data_set_that_is_not_there(name: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=f"no {re.escape(PUBLISHED[name].title)} in .* is looked for there; got at http"
+    ):
+        located(name, str(tmp_path))
+
+
+def maps(root: Path) -> None:
+    for n in range(10):
+        photo(root / f"images/a/{n}.jpg")
+        labels(root / f"labels/a/{n}.png", 7, 300, 41, kind=np.uint16)
+    photo(root / "images/a/unlabelled.jpg")
+
+
+def colours(root: Path) -> None:
+    for n in range(10):
+        photo(root / f"images/{n}.jpg")
+        pixels = np.zeros((H, W, 3), np.uint8)
+        for i, colour in enumerate(((255, 0, 0), (0, 0, 255), (0, 255, 0))):
+            pixels[5:25, 4 + 10 * i : 10 + 10 * i] = colour
+        (root / "masks").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(root / f"masks/{n}.png")
+
+
+def files(root: Path) -> None:
+    """A file for each instance, named after its image; those of the image ``1_x`` are not the image ``1``'s."""
+    for name in (*map(str, range(9)), "1_x"):
+        photo(root / f"images/{name}.jpg")
+        for i in range(3):
+            labels(root / f"masks/{name}_{i}.png", *([0] * i + [255]))
+
+
+def folders(root: Path) -> None:
+    for n in range(10):
+        photo(root / f"images/{n}.jpg")
+        for i in range(3):
+            labels(root / f"masks/{n}/nucleus{i}.png", *([0] * i + [1]))
+
+
+def bowl(root: Path) -> None:
+    """As the nuclei of the 2018 Data Science Bowl come: a folder for each image."""
+    for n in range(10):
+        photo(root / f"{n}f/images/{n}f.png")
+        for i in range(3):
+            labels(root / f"{n}f/masks/{n * 10 + i}.png", *([0] * i + [255]))
+
+
+@pytest.mark.parametrize("make", [maps, colours, files, folders, bowl])
+def test_images_with_label_images(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "cells")
+    domain = load_domain(str(tmp_path / "cells"))
+    assert domain.name == "cells"
+    assert [len(domain.split(s)) for s in SPLITS] == [7, 1, 2]
+    for split in SPLITS:
+        for i in range(len(domain.split(split))):
+            assert sorted(columns(domain, split, i)) == BLOCKS
+    assert "cut at random by seed 0" in domain.note
+
+
+def test_folders_of_splits_are_kept(tmp_path: Path) -> None:
+    for part, count in (("train", 20), ("test", 5)):
+        for n in range(count):
+            photo(tmp_path / f"{part}/images/{part}{n}.jpg")
+            labels(tmp_path / f"{part}/labels/{part}{n}.png", 1)
+    domain = load_domain(str(tmp_path))
+    assert [len(domain.split(s)) for s in SPLITS] == [18, 2, 5], "val is cut from train"
+    assert all("/test/" in s.key for s in domain.split("test"))
+    with pytest.raises(InputError, match="has splits of its own"):
+        load_domain(f"{tmp_path}@50/25/25")
+    shutil.rmtree(tmp_path / "test")
+    load_domain.cache_clear()
+    with pytest.raises(InputError, match="has images of train: folders of train and test"):
+        load_domain(str(tmp_path))
+
+
+def single(folder: Path, count: int = 10) -> None:
+    images, annotations = [], []
+    for n in range(count):
+        photo(folder / f"images/{n}.png")
+        images.append({"id": n, "file_name": f"{n}.png", "height": H, "width": W})
+        square = [4, 5, 10, 5, 10, 25, 4, 25]
+        annotations.append({"id": n, "image_id": n, "segmentation": [square]})
+    listing = {"images": images, "annotations": annotations, "categories": []}
+    (folder / "annotations").mkdir()
+    (folder / "annotations/instances_default.json").write_text(json.dumps(listing))
+
+
+def test_one_listing_is_cut_by_shares_and_seed(tmp_path: Path) -> None:
+    single(tmp_path / "cells")
+    place = str(tmp_path / "cells")
+
+    def tested(name: str) -> set[str]:
+        return {s.key for s in load_domain(name).split("test")}
+
+    assert [len(load_domain(place).split(s)) for s in SPLITS] == [7, 1, 2]
+    assert [len(load_domain(f"{place}@0.4/0.3/0.3").split(s)) for s in SPLITS] == [4, 3, 3]
+    assert tested(place) == tested(f"{place}@70/10/20@0")
+    assert len({frozenset(tested(f"{place}@70/10/20@{seed}")) for seed in range(4)}) > 1
+    assert load_domain(f"{place}@70/10/20@1").digest != load_domain(place).digest
+    assert load_domain(f"{place}@40/30/30@1+fog:1").name == "cells+fog1"
+    file = f"{place}/annotations/instances_default.json"
+    assert located(f"{place}@70/10/20") == f"{place}@70/10/20"
+    with pytest.raises(InputError, match=r"has no image .*0\.png, which is listed"):
+        load_domain(file)  # its images do not lie beside it
+    with pytest.raises(InputError, match="three numbers above 0"):
+        load_domain(f"{place}@70/0/30")
+    (tmp_path / "cells/other.json").write_text(Path(file).read_text())
+    load_domain.cache_clear()
+    with pytest.raises(
+        InputError, match=r"several COCO listings: name one of .*instances_default\.json, .*other\.json"
+    ):
+        load_domain(place)
+    assert len(load_domain(f"{place}/other.json").split("train")) == 7
+
+
+def test_a_cut_gives_each_split_something() -> None:
+    for count in range(3, 40):
+        for shares in ((0.7, 0.1, 0.2), (0.98, 0.01, 0.01), (0.01, 0.01, 0.98), (0.01, 0.98, 0.01)):
+            parts = Cut(shares)(range(count))
+            assert sorted(x for p in parts.values() for x in p) == list(range(count))
+            assert all(parts[s] for s in SPLITS)
+    with pytest.raises(InputError, match="too few"):
+        Cut()(range(2))
+    assert parse_cut("a@b/c") == ("a@b/c", None)
+
+
+def test_what_a_folder_without_a_layout_lacks_is_said(tmp_path: Path) -> None:
+    photo(tmp_path / "photos/1.jpg")
+    with pytest.raises(InputError, match=r"is no domain: it has no train\.json.*no images/ with labels/ or masks/"):
+        load_domain(str(tmp_path))
+    with pytest.raises(InputError, match=r"no such file: .*x\.json"):
+        load_domain(str(tmp_path / "x.json"))
+
+
+def test_label_images_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    maps(tmp_path)
+    before = load_domain(str(tmp_path)).digest
+    load_domain.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr("wesam.data.pairs.read_labels", lambda file: pytest.fail(f"{file} is read again"))
+        assert load_domain(str(tmp_path)).digest == before
+    labels(tmp_path / "labels/a/3.png", 1)
+    load_domain.cache_clear()
+    assert load_domain(str(tmp_path)).digest != before, "a label image was changed"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: f.write_bytes(f.read_bytes()[:60]), r"cannot read the image .*3\.png"),
+        (lambda f: photo(f), r"3\.png has \d+ different values: it is no label image"),
+    ],
+)
+def test_label_images_that_are_none(tmp_path: Path, spoil: Callable[[Path], None], message: str) -> None:
+    maps(tmp_path)
+    for name in ("3", "4"):
+        spoil(tmp_path / f"labels/a/{name}.png")
+    with pytest.raises(InputError, match=message) as caught:
+        load_domain(str(tmp_path))
+    assert len(str(caught.value).splitlines()) == 2, "all of them are listed"
+
+
+def test_labels_of_another_size_or_without_instances_are_left_out(tmp_path: Path) -> None:
+    maps(tmp_path)
+    photo(tmp_path / "images/a/3.jpg", (H, W + 1))
+    labels(tmp_path / "labels/a/4.png")
+    domain = load_domain(str(tmp_path))
+    assert sum(len(domain.split(s)) for s in SPLITS) == 8
+    assert [re.search(r"(\d)\.jpg", line)[1] for line in domain.left_out] == ["3", "4"]  # type: ignore[index]
+
+
+def test_weak_labels_given_as_such(tmp_path: Path) -> None:
+    """A listing that has boxes or clicks and no masks."""
+    for split in SPLITS:
+        images = [{"id": n, "file_name": f"{split}{n}.png", "height": H, "width": W} for n in range(3)]
+        for image in images:
+            photo(tmp_path / str(image["file_name"]))
+        annotations = [
+            {"id": 0, "image_id": 0, "bbox": [4, 5, 6, 20], "keypoints": [5, 6, 2, 40, 30, 1, 0, 0, 0]},
+            {"id": 1, "image_id": 0, "bbox": [-4, -5, 20, 20], "keypoints": [5, 6, 2, 7, 7, 2, 30, 30, 1]},
+            {"id": 2, "image_id": 1, "bbox": [4, 5, 0, 20], "keypoints": [5, 6, 2]},
+            {"id": 3, "image_id": 1, "bbox": [90, 5, 6, 20], "keypoints": [5, 6, 2]},
+            {"id": 4, "image_id": 1, "bbox": [4, float("nan"), 6, 20], "keypoints": [5, 6, 2]},
+            {"id": 5, "image_id": 1, "bbox": [4, 5, 6], "keypoints": [5, 6, 2]},
+            {"id": 6, "image_id": 1, "bbox": [4, 5, 6, 20], "keypoints": [5, 6, 1]},
+            {"id": 7, "image_id": 1, "bbox": [4, 5, 6, 20], "keypoints": [99, 6, 2]},
+            {"id": 8, "image_id": 1, "bbox": [4, 5, 6, 20], "keypoints": [5, 6, 3]},
+            {"id": 9, "image_id": 1, "bbox": [4, 5, 6, 20], "keypoints": [5, 6]},
+            {"id": 10, "image_id": 1, "bbox": [4, 5, 6, 20]},
+            {"id": 11, "image_id": 2, "bbox": [1, 1, 6, 20], "keypoints": [5, 6, 2]},
+        ]
+        (tmp_path / f"{split}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    domain = load_domain(str(tmp_path))
+    assert [len(domain.split(s)) for s in SPLITS] == [2, 2, 2]
+    assert [re.search(r"annotation (\d+)", line)[1] for line in domain.left_out[:9]] == [*map(str, range(2, 11))]  # type: ignore[index]
+    sample = domain.split("train")[0]
+    assert len(sample) == 2
+    assert sample.weak_labels("box").boxes.tolist() == [[4, 5, 10, 25], [0, 0, 16, 15]]  # type: ignore[union-attr]
+    clicks = sample.weak_labels("point")
+    assert clicks.point_labels.tolist() == [[1, 0, -1], [1, 1, 0]]  # type: ignore[union-attr]
+    assert torch.equal(clicks.extents(), torch.tensor([[5.0, 6, 5, 6], [5, 6, 7, 7]]))
+    with pytest.raises(InputError, match="has no masks, only weak labels: --prompt box or point"):
+        sample.weak_labels("coarse")
+    with pytest.raises(InputError, match=r"has no masks, only weak labels \(box, point\): no mIoU"):
+        _ = sample.masks
+
+
+def test_a_domain_may_lie_anywhere_fsspec_reaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WESAM_HOME", str(tmp_path / "home"))
+    maps(tmp_path / "cells")
+    single(tmp_path / "listed")
+    system = fsspec.filesystem("memory")
+    for name in ("cells", "listed"):
+        system.put(str(tmp_path / name), "/bucket/", recursive=True)
+        here, there = load_domain(str(tmp_path / name)), load_domain(f"memory://bucket/{name}")
+        assert there.name == name
+        assert there.left_out == ()
+        for split in SPLITS:
+            for a, b in zip(here.split(split), there.split(split), strict=True):
+                assert a.key == b.key
+                assert torch.equal(a.image, b.image)
+                assert torch.equal(a.masks, b.masks)
+    with pytest.raises(InputError, match="is no domain"):
+        load_domain("memory://bucket/nothing")
+    with pytest.raises(InputError, match="cannot read nosuch://bucket"):
+        load_domain("nosuch://bucket/cells")
+    system.rm("/bucket", recursive=True)
+
+
+def test_the_cache_of_distant_files_stays_below_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WESAM_HOME", str(tmp_path))
+    monkeypatch.setenv("WESAM_CACHE_GB", "0.00001")  # ten files of a thousand bytes
+    system = fsspec.filesystem("memory")
+    for n in range(30):
+        system.pipe(f"/far/{n}.bin", bytes([n]) * 1000)
+    folder = Folder("memory://far")
+    for n in range(30):
+        file = folder.local(f"{n}.bin")
+        assert file.read_bytes() == bytes([n]) * 1000
+        kept = [f for f in (tmp_path / "cache").glob("*/*") if f.is_file()]
+        assert file in kept
+        assert sum(f.stat().st_size for f in kept) <= 11_000
+    assert len(kept) >= 8
+    with pytest.raises(InputError, match=r"cannot fetch memory://far/nothing\.bin"):
+        folder.local("nothing.bin")
+    monkeypatch.setenv("WESAM_CACHE_GB", "much")
+    with pytest.raises(InputError, match="WESAM_CACHE_GB must be a number above 0"):
+        folder.local("0.bin")
+    system.rm("/far", recursive=True)

@@ -1,0 +1,216 @@
+"""A domain's files, in a folder here or at any address that fsspec knows."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import fsspec
+
+from wesam.errors import InputError
+from wesam.sam.checkpoints import home
+
+MOST_FILES = 2_000_000
+"""A folder with more is refused: it was hardly meant."""
+
+CACHE_GB = 20.0
+"""What is kept of distant files on a machine, in 10^9 bytes; ``$WESAM_CACHE_GB`` says otherwise."""
+
+
+class Folder:
+    """The files under a folder or an fsspec address (``s3://bucket/cells``), by their names relative to it, with "/".
+
+    Distant files are kept in ``cache`` in the folder of the weights; what was used longest ago goes first. Nothing is
+    ever written to the folder itself.
+    """
+
+    def __init__(self, place: str) -> None:
+        self.place = place.rstrip("/") or "/"
+        self.name = PurePosixPath(self.place).name if is_address(place) else Path(place).resolve().name
+        """What the folder is called."""
+        self._here = None if is_address(place) else Path(place)
+
+    @property
+    def distant(self) -> bool:
+        """Whether its files must be fetched."""
+        return self._here is None
+
+    def __contains__(self, name: str) -> bool:
+        try:
+            return name in self.sizes if self._here is None else (self._here / name).is_file()
+        except OSError:  # a name that is too long, say
+            return False
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file or a folder of this name."""
+        return name in self.folders or name in self.sizes if self._here is None else (self._here / name).exists()
+
+    def path(self, name: str) -> str:
+        """How a message calls this file."""
+        return f"{self.place}/{name}"
+
+    def local(self, name: str) -> Path:
+        """The file, here; raises InputError if it cannot be had."""
+        return self._here / name if self._here is not None else _CACHE.get(self, name)
+
+    def size(self, name: str) -> int:
+        """Its size in bytes."""
+        return self.sizes[name] if self._here is None else (self._here / name).stat().st_size
+
+    def stamp(self, name: str) -> str:
+        """What changes when the file does: its size in bytes and, here, when it was last written."""
+        if self._here is None:
+            return str(self.sizes[name])
+        stat = (self._here / name).stat()
+        return f"{stat.st_size} {stat.st_mtime_ns}"
+
+    @cached_property
+    def names(self) -> list[str]:
+        """All files, sorted; none whose name or folder begins with a dot."""
+        if self._here is None:
+            return sorted(self.sizes)
+        found: list[str] = []
+        for parent, folders, files in os.walk(self._here):
+            folders[:] = [f for f in folders if not f.startswith(".") and f != "__MACOSX"]
+            base = Path(parent).relative_to(self._here).as_posix()
+            found += [f if base == "." else f"{base}/{f}" for f in files if not f.startswith(".")]
+            if len(found) > MOST_FILES:
+                raise InputError(f"{self.place} holds more than {MOST_FILES} files: name the folder of one domain")
+        return sorted(found)
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """All files of a distant folder with their sizes in bytes."""
+        try:
+            found = self.system.find(self._base, detail=True)
+        except Exception as e:  # each kind of storage has errors of its own
+            raise InputError(f"cannot read {self.place}: {_reason(e)}") from None
+        start = len(self._base.rstrip("/")) + 1
+        files = {str(k)[start:]: int(v.get("size") or 0) for k, v in found.items()}
+        return {k: v for k, v in files.items() if not any(p.startswith(".") for p in k.split("/"))}
+
+    @cached_property
+    def folders(self) -> set[str]:
+        """All folders in a distant one."""
+        return {str(f) for name in self.sizes for f in PurePosixPath(name).parents} - {"."}
+
+    def within(self, depth: int) -> Iterator[Folder]:
+        """This folder, and those in it so many levels deep, the outer ones first."""
+        yield self
+        if self._here is None:
+            for name in sorted(self.folders, key=lambda n: (n.count("/"), n)):
+                if name.count("/") < depth:
+                    yield Folder(self.path(name))
+            return
+        level = [self._here]
+        for _ in range(depth):
+            level = sorted(Path(e.path) for f in level for e in _entries(f) if e.is_dir() and e.name[0] != ".")
+            yield from (Folder(str(f)) for f in level)
+
+    @cached_property
+    def system(self) -> Any:
+        """The fsspec file system of a distant folder."""
+        try:
+            return fsspec.core.url_to_fs(self.place)[0]
+        except Exception as e:  # a protocol that is unknown or whose package is missing
+            raise InputError(f"cannot read {self.place}: {_reason(e)}") from None
+
+    @cached_property
+    def _base(self) -> str:
+        return str(self.system._strip_protocol(self.place))
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copies a distant file to this path."""
+        try:
+            self.system.get_file(f"{self._base.rstrip('/')}/{name}", str(path))
+        except Exception as e:
+            raise InputError(f"cannot fetch {self.path(name)}: {_reason(e)}") from None
+
+
+def is_address(place: str) -> bool:
+    """Whether this names a distant folder rather than one of this machine."""
+    return "://" in place
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    try:
+        return list(os.scandir(folder))
+    except OSError:  # not ours to read
+        return []
+
+
+def leads_out(name: str) -> bool:
+    """Whether a relative name of a file is none, or leads out of its folder."""
+    return any(p(name).is_absolute() or ".." in p(name).parts for p in (PurePosixPath, PureWindowsPath))
+
+
+class _Cache:
+    """Copies of distant files, moved into place whole, at most so many bytes of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._since = 0
+
+    def get(self, folder: Folder, name: str) -> Path:
+        key = hashlib.sha256(f"{folder.path(name)} {folder.sizes.get(name)}".encode()).hexdigest()
+        path = home() / "cache" / key[:2] / (key + PurePosixPath(name).suffix)
+        if path.is_file():
+            os.utime(path)
+            return path
+        new = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folder.fetch(name, new)
+            new.replace(path)
+        except OSError as e:
+            raise InputError(f"cannot keep {folder.path(name)} in {home() / 'cache'}: {e.strerror}") from None
+        finally:
+            new.unlink(missing_ok=True)
+        self._make_room(path)
+        return path
+
+    def _make_room(self, newest: Path) -> None:
+        """Looks at the whole cache whenever a fiftieth of its limit has come in."""
+        limit = _limit()
+        with self._lock:
+            self._since += newest.stat().st_size
+            if self._since < limit / 50:
+                return
+            self._since = 0
+            files = []
+            for path in (home() / "cache").glob("*/*"):
+                try:
+                    stat = path.stat()
+                except OSError:  # another process has taken it away
+                    continue
+                files.append((stat.st_mtime_ns, stat.st_size, path))
+            total = sum(size for _, size, _ in files)
+            for _, size, path in sorted(files):
+                if total <= limit * 0.96:
+                    break
+                if path != newest:
+                    path.unlink(missing_ok=True)
+                    total -= size
+
+
+_CACHE = _Cache()
+
+
+def _limit() -> float:
+    given = os.environ.get("WESAM_CACHE_GB", "")
+    try:
+        limit = float(given or CACHE_GB)
+    except ValueError:
+        limit = -1
+    if not limit > 0:
+        raise InputError(f"WESAM_CACHE_GB must be a number above 0, got {given!r}")
+    return limit * 1e9
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

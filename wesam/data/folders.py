@@ -1,0 +1,231 @@
+"""Any folder as a domain: which layout it has, and how it is cut into train, val and test."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TypeVar
+
+import numpy as np
+
+from wesam.data.coco import is_listing, listed
+from wesam.data.domain import SPLITS, Domain
+from wesam.data.files import Folder
+from wesam.data.listing import Findings, by_name, domain
+from wesam.data.pairs import Pair, digest_of, numbered, read_pairs
+from wesam.data.published import PUBLISHED, Published, every_nth
+from wesam.errors import InputError
+
+Item = TypeVar("Item")
+
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+NAMES_OF_SPLITS = {
+    "train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing"),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a domain without splits of its own gets them: at random, by a seed."""
+
+    shares: tuple[float, float, float] = (0.7, 0.1, 0.2)
+    """Of train, val and test; they add up to 1."""
+    seed: int = 0
+
+    def __call__(self, items: Sequence[Item]) -> dict[str, list[Item]]:
+        """Each split's items, at least one each; raises InputError for less than three."""
+        count = len(items)
+        if count < 3:
+            raise InputError(f"{count} images with instances are too few for train, val and test")
+        order = np.random.default_rng(self.seed).permutation(count)
+        val, test = (max(1, round(share * count)) for share in self.shares[1:])
+        train = max(1, count - val - test)
+        if train + val + test > count:
+            val, test = min(val, (count - train) // 2), count - train - min(val, (count - train) // 2)
+        parts = {"train": order[:train], "val": order[train : train + val], "test": order[train + val :]}
+        return {k: [items[i] for i in sorted(v)] for k, v in parts.items()}
+
+
+def parse_cut(place: str) -> tuple[str, Cut | None]:
+    """A place and the cut behind it, as in ``cells@70/10/20`` or, with a seed, ``cells@0.7/0.1/0.2@5``."""
+    found = re.fullmatch(r"(.+?)@([\d.]+)/([\d.]+)/([\d.]+)(?:@(\d+))?", place)
+    if not found:
+        return place, None
+    try:
+        shares = [float(s) for s in found.groups()[1:4]]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or min(shares) <= 0:
+        raise InputError(f"the shares of train, val and test in {place!r} must be three numbers above 0")
+    train, val, test = (s / sum(shares) for s in shares)
+    return found[1], Cut((train, val, test), int(found[5] or 0))
+
+
+def read_folder(place: str) -> Domain:
+    """The domain in a folder, a COCO file or an fsspec address, with the cut behind it (:func:`parse_cut`).
+
+    Raises InputError, with a line for each thing that makes it unusable, or with what was looked for if it has none of
+    the layouts.
+    """
+    place, cut = parse_cut(place)
+    if place.endswith(".json"):
+        parent, _, name = place.rpartition("/")
+        return _one_listing(Folder(parent or "."), name, cut)
+    folder = Folder(place)
+    splits = _listings(folder)
+    if splits:
+        return _uncut(cut, _three_listings(folder, splits), place)
+    for layout in PUBLISHED.values():
+        if layout.is_in(folder):
+            return _uncut(cut, _read_published(folder, layout), place)
+    listings = [n for n in folder.names if re.fullmatch(r"(annotations/)?[^/]+\.json", n) and is_listing(folder, n)]
+    if len(listings) == 1:
+        return _one_listing(folder, listings[0], cut)
+    if len(listings) > 1:
+        raise InputError(f"{place} has several COCO listings: name one of {', '.join(map(folder.path, listings))}")
+    if found := _pairs(folder.names):
+        return _label_images(folder, _own_splits(place, found), cut)
+    raise InputError(
+        f"{place} is no domain: it has no train.json, val.json and test.json, no COCO listing, no images/ with labels/ "
+        f"or masks/ beside it, and is none of the published data sets ({', '.join(PUBLISHED)})"
+    )
+
+
+def _uncut(cut: Cut | None, found: Domain, place: str) -> Domain:
+    if cut is not None:
+        raise InputError(f"{place} has splits of its own: leave the shares away")
+    return found
+
+
+def _listings(folder: Folder) -> dict[str, tuple[str, str]]:
+    """The listing of each split and what goes before the names of its images; empty for another layout."""
+    plain = {s: (f"{s}.json", "") for s in SPLITS}
+    if any(name in folder for name, _ in plain.values()):
+        return plain
+    nested = {
+        s: (f"{d}/_annotations.coco.json", f"{d}/")
+        for s, names in NAMES_OF_SPLITS.items() for d in names if f"{d}/_annotations.coco.json" in folder
+    }  # fmt: skip
+    return nested and {s: nested.get(s, (f"{s}/_annotations.coco.json", f"{s}/")) for s in SPLITS}
+
+
+def _three_listings(folder: Folder, listings: Mapping[str, tuple[str, str]]) -> Domain:
+    digest, found = hashlib.sha256(), Findings()
+    entries = {}
+    for split, (name, images) in listings.items():
+        if name not in folder:
+            wanted = [n for n, _ in listings.values()]
+            found.fatal.append(f"no {name} in {folder.place}: a domain has {wanted[0]}, {wanted[1]} and {wanted[2]}")
+        else:
+            entries[split] = listed(folder, name, images, digest, found) or []
+    note = f"COCO instances in {folder.place}"
+    return domain(folder, entries, found, digest.hexdigest(), note, keyed_by_split=True)
+
+
+def _one_listing(folder: Folder, name: str, cut: Cut | None) -> Domain:
+    digest, found = hashlib.sha256(), Findings()
+    cut = cut or Cut()
+    entries = listed(folder, name, "", digest, found)
+    if entries is None or found.fatal:
+        raise InputError("\n".join(found.fatal))
+    digest.update(f"{cut}".encode())
+    note = f"COCO instances in {folder.path(name)}, cut at random by seed {cut.seed}"
+    return domain(folder, cut(by_name(entries)), found, digest.hexdigest(), note)
+
+
+def _label_images(folder: Folder, found: Mapping[str, Sequence[Pair]], cut: Cut | None) -> Domain:
+    """Images with label images, in folders of their splits or all in one."""
+    findings = Findings()
+    if cut and len(found) > 1:
+        raise InputError(f"{folder.place} has splits of its own: leave the shares away")
+    entries = read_pairs(folder, found, numbered, findings)
+    note = f"images with label images in {folder.place}"
+    if len(found) == 1:
+        cut = cut or Cut()
+        (only,) = entries.values()
+        if not findings.fatal:
+            entries = cut(only)
+        note += f", cut at random by seed {cut.seed}"
+    return domain(folder, entries, findings, digest_of(folder, entries), note)
+
+
+def find_published(name: str, root: str) -> str:
+    """The folder of a published data set, under this root; raises InputError if it is not there."""
+    return PUBLISHED[name].find(root).place
+
+
+def _read_published(folder: Folder, layout: Published) -> Domain:
+    """A published data set, unpacked in this folder, with the paper's splits."""
+    findings = Findings()
+    if layout.pairs:
+        entries = read_pairs(folder, layout.pairs(folder), layout.decode, findings)
+        digest = digest_of(folder, entries)
+    else:
+        made = hashlib.sha256()
+        images = listed(folder, *layout.listing, made, findings, all_images=True) or []
+        entries = {k: [e for e in part if e.instances] for k, part in every_nth(by_name(images), 7).items()}
+        digest = made.hexdigest()
+    note = f"{layout.title} in {folder.place}; terms: {layout.terms}"
+    return domain(folder, entries, findings, digest, note, name=layout.name)
+
+
+def _pairs(names: Iterable[str]) -> dict[str, list[Pair]]:
+    """The images with label images, by the split that a folder of theirs names, "" for none.
+
+    An image P/images/Q/STEM.png has its labels in P/labels/Q/STEM.png or P/masks/Q/STEM.png, or its masks, one for each
+    instance, in the folder P/masks/Q/STEM, in files P/masks/Q/STEM_*, or, where it is the only one in its folder, in
+    all files of P/masks.
+    """
+    inside: dict[str, list[PurePosixPath]] = {}
+    for name in names:
+        if name.lower().endswith(PICTURES):
+            file = PurePosixPath(name)
+            inside.setdefault(str(file.parent), []).append(file)
+    found: dict[str, list[Pair]] = {}
+    for where, images in inside.items():
+        parts = where.split("/")
+        if "images" not in parts:
+            continue
+        at = len(parts) - 1 - parts[::-1].index("images")
+        places = ["/".join([*parts[:at], other, *parts[at + 1 :]]) for other in ("labels", "masks")]
+        split = next((s for s, known in NAMES_OF_SPLITS.items() if set(known) & set(parts)), "")
+        for place in places:
+            if pairs := _paired(images, place, inside):
+                found.setdefault(split, []).extend(pairs)
+                break
+    return found
+
+
+def _paired(images: Sequence[PurePosixPath], place: str, inside: Mapping[str, list[PurePosixPath]]) -> list[Pair]:
+    """The images of one folder that have labels in this place."""
+    stems = {f.stem for f in images}
+    beside = inside.get(place, [])
+    own = {f.stem: str(f) for f in beside if f.stem in stems}
+    parts: dict[str, list[str]] = {s: [str(f) for f in inside.get(f"{place}/{s}", [])] for s in stems}
+    for f in beside:
+        owner = f.stem
+        while owner and owner not in stems:
+            owner = owner.rpartition("_")[0]
+        if owner and f.stem not in stems:
+            parts[owner].append(str(f))
+    if len(images) == 1 and beside and not own and not any(parts.values()):
+        parts[images[0].stem] = [str(f) for f in beside]
+    pairs = [Pair(str(f), labels=own.get(f.stem, ""), masks=tuple(parts[f.stem])) for f in images]
+    return [p for p in pairs if p.labels or p.masks]
+
+
+def _own_splits(place: str, found: dict[str, list[Pair]]) -> dict[str, list[Pair]]:
+    """The splits that the folders have, val cut from train where there is none; all in one, "", for none at all."""
+    if set(found) == {""}:
+        return found
+    if "" in found or not {"train", "test"} <= set(found):
+        there = ", ".join(sorted(s or "neither" for s in found))
+        raise InputError(f"{place} has images of {there}: folders of train and test, or of no split at all, are needed")
+    train = found["train"]
+    if "val" not in found and len(train) > 1:
+        found = {**found, "train": [p for n, p in enumerate(train) if n % 10], "val": train[::10]}
+    return {s: found[s] for s in SPLITS}
