@@ -79,9 +79,13 @@ class DomainSearch(threading.Thread):
 
     def _row(self, run: Run) -> Row:
         known = self._known_references()
-        found = known or judge.references(self._task)
+        found, vanished = (known, 0) if known else judge.references(self._task)
         if not known:
             run.log({f"{k}_{f}": v for k, s in found.items() for f, v in asdict(s).items() if v is not None})
+            run.log({"instances_vanished": vanished})
+        if vanished:
+            text = "left out of training, less than a pixel wide or high at the model's input size"
+            self._c.board.say(f"{text}: {vanished} instances", self.name)
         direct = found["direct_val"]
         drawn = f"ellipse in the box {found['ellipse_val'].objective:.3f}, " if "ellipse_val" in found else ""
         self._c.board.say(f"{WORDS[direct.chosen_by]} on val: {drawn}Direct {direct.objective:.3f}", self.name)

@@ -34,9 +34,13 @@ class Task:
     crop: float
 
 
-def references(task: Task) -> dict[str, Scores]:
-    """Direct and, where there are masks, ellipse in the box, on val and test: ``direct_val``, ``ellipse_test``, ..."""
-    found: dict[str, Scores] = _remote(_references, task)
+def references(task: Task) -> tuple[dict[str, Scores], int]:
+    """What is known of a domain before any search.
+
+    Returns the scores of Direct and, where there are masks, of the ellipse in the box, on val and test:
+    ``direct_val``, ``ellipse_test``, ...; and how many training instances are too small for the model to see.
+    """
+    found: tuple[dict[str, Scores], int] = _remote(_references, task)
     return found
 
 
@@ -58,14 +62,14 @@ def _remote(function: Callable[..., Any], *arguments: Any) -> Any:
     return ray.get(task.options(num_cpus=need["CPU"], num_gpus=need.get("GPU", 0)).remote(*arguments))
 
 
-def _references(task: Task) -> dict[str, Scores]:
+def _references(task: Task) -> tuple[dict[str, Scores], int]:
     sam, domain = source_model(task.model), load_domain(task.domain)
     found = {}
     for split in ("val", "test"):
         if domain.split(split)[0].has_masks:
             found[f"ellipse_{split}"] = baseline("ellipse", domain.split(split))
         found[f"direct_{split}"] = evaluate(sam, domain.split(split), task.prompt, crop=task.crop)
-    return found
+    return found, 0 if task.crop else domain.split("train").small(sam.image_encoder.img_size)
 
 
 def _judged(task: Task, adapters: dict[str, Files]) -> dict[str, Scores]:

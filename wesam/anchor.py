@@ -76,7 +76,7 @@ class Anchor:
         self.sam = sam
         self._compute = compute or ComputeConfig()
         self._split, self._prompt, self._crop = split, prompt, crop
-        self._labels: dict[int, Prompts] = {}
+        self._labels: dict[int, tuple[Tensor, Prompts]] = {}
         self._prepared: dict[Place, Prepared] = {}
         self._answers: dict[tuple[Place, Flips], dict[str, Tensor]] = {}
         self._store = Store(home() / "anchors")
@@ -88,20 +88,23 @@ class Anchor:
         """The whole image of this number, or where it is cropped, one of its prompts at random."""
         if not self._crop:
             return index, WHOLE
-        return index, int(torch.randint(len(self._given(index)), (), generator=generator))
+        return index, int(torch.randint(len(self._given(index)[1]), (), generator=generator))
 
-    def _given(self, index: int) -> Prompts:
+    def _given(self, index: int) -> tuple[Tensor, Prompts]:
+        """The numbers of an image's instances, [N], without those that vanish when it is seen whole; their labels."""
         if index not in self._labels:
             sample = self._split[index]
-            self._labels[index] = sample.weak_labels(self._prompt)
+            prompts = sample.weak_labels(self._prompt)
+            used = torch.arange(len(prompts)) if self._crop else sample.visible(self.sam.image_encoder.img_size)
+            self._labels[index] = used, prompts[used]
         return self._labels[index]
 
     def prepared(self, place: Place) -> Prepared:
         """What is at this place, resized, with the weak labels that lie in it."""
         if place not in self._prepared:
             index, around = place
-            sample, prompts = self._split[index], self._given(index)
-            image, masks = sample.image, sample.masks if sample.has_masks else None
+            sample, (used, prompts) = self._split[index], self._given(index)
+            image, masks = sample.image, sample.masks[used] if sample.has_masks else None
             if around != WHOLE:
                 number = torch.tensor([around])
                 window = windows(prompts[number], (image.shape[1], image.shape[2]), self._crop)[0]

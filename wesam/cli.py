@@ -75,6 +75,12 @@ def _parser() -> Parser:
             help=f"show the model a square around each prompt, K times as long; 0: the whole image ({default})",
         )  # fmt: skip
 
+    def most(p: argparse.ArgumentParser) -> None:
+        p.add_argument(
+            "--max-instances", type=int, metavar="N",
+            help="train on at most N instances of an image in a step, others in each (default: the preset's)",
+        )  # fmt: skip
+
     def size(p: argparse.ArgumentParser) -> None:
         p.add_argument("--instances", type=int, default=8, help="boxes an image (default: 8)")
         p.add_argument("--batch", type=int, default=1, help="images (default: 1)")
@@ -121,6 +127,7 @@ def _parser() -> Parser:
     crop(p, "default: the preset's")
     p.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: the model's own)")
     p.add_argument("--steps", type=int, help="optimisation steps")
+    most(p)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="a hyperparameter, as in lora.rank=8"
@@ -134,6 +141,7 @@ def _parser() -> Parser:
     crop(p, "default: the preset's")
     p.add_argument("--methods", nargs="+", default=["wesam", "supervised"], metavar="METHOD")
     p.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default: 3)")
+    most(p)
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a hyperparameter of every method")
     result(p)
 
@@ -281,8 +289,9 @@ def _adapt(args: argparse.Namespace) -> None:
     method = args.method or start.method
     get_method(method)
     changes = {"method": method, "prompt": args.prompt, "seed": args.seed}
-    changes |= {k: v for k in ("steps", "crop") if (v := getattr(args, k)) is not None}
+    changes |= _changes(args)
     config = start.replace(changes).parse(_set(args))
+    vanished = _vanished(sam, domain, config)
     _writable(args.out)
     curve: list[dict[str, float]] = []
     began = time.monotonic()
@@ -307,7 +316,8 @@ def _adapt(args: argparse.Namespace) -> None:
     print(table([row]))
     if best.step == 0:
         print("no step was better on val than the unadapted model: the adapter changes nothing")
-    write_json(args.out / "adaptation.json", {**row, "config": config.flat(), "data": domain.digest, "curve": curve})
+    record = {**row, "vanished": vanished, "config": config.flat(), "data": domain.digest, "curve": curve}
+    write_json(args.out / "adaptation.json", record)
     write_json(args.json, row)
 
 
@@ -315,14 +325,33 @@ def _compare(args: argparse.Namespace) -> None:
     sam, domain = load_sam(args.model).to(args.device), _domain(args)
     if args.seeds < 1:
         raise InputError(f"--seeds must be at least 1, got {args.seeds}")
-    changes = {"prompt": args.prompt} | ({} if args.crop is None else {"crop": args.crop})
+    changes = {"prompt": args.prompt, **_changes(args)}
     configs = {m: method_preset(args.model, m).replace(changes).parse(_set(args)) for m in args.methods}
+    _vanished(sam, domain, next(iter(configs.values())))
     row = {
         "domain": domain.name, "model": args.model, "prompt": args.prompt, "crop": next(iter(configs.values())).crop,
         **compare(sam, domain, configs, range(args.seeds), watch=lambda text: print(text, flush=True)),
     }  # fmt: skip
     print(table([{k: v for k, v in row.items() if not isinstance(v, list)}]))
     write_json(args.json, row)
+
+
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a configuration whose options are given."""
+    return {k: v for k in ("steps", "crop", "max_instances") if (v := getattr(args, k, None)) is not None}
+
+
+def _vanished(sam: Sam, domain: Domain, config: Config) -> int:
+    """How many training instances are too small for the model, seen whole, to see; says so if there are any."""
+    side = sam.image_encoder.img_size
+    count = 0 if config.crop else domain.split("train").small(side)
+    if count:
+        print(
+            f"left out of training, less than a pixel wide or high at the model's {side} px: {count} instances;"
+            " --crop 3 shows them larger",
+            file=sys.stderr,
+        )
+    return count
 
 
 def _size(args: argparse.Namespace) -> Config:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import pytest
+from pycocotools import mask as rle
 
 from tuning import registry, report, tracking
 from tuning.cli import summary
@@ -116,3 +118,32 @@ def test_when_nothing_beats_direct_nothing_is_registered(small: Path, tmp_path: 
     assert "nothing beat Direct" in row["outcome"]
     assert row["best"] == row["direct"]
     assert registry.champions(tracker) == []
+
+
+def test_a_study_where_only_boxes_are_known(small: Path, tmp_path: Path, tracker: Tracker) -> None:
+    boxes = tmp_path / "boxes"
+    shutil.copytree(small, boxes)
+    for split in ("train", "val", "test"):
+        found = json.loads((boxes / f"{split}.json").read_text())
+        for annotation in found["annotations"]:
+            annotation["bbox"] = rle.toBbox(annotation.pop("segmentation")).tolist()
+        if split == "train":
+            found["annotations"].append({"id": 99, "image_id": 0, "iscrowd": 0, "bbox": [5, 5, 0.1, 0.1]})
+        (boxes / f"{split}.json").write_text(json.dumps(found))
+    plan = make_plan(
+        {"name": "s", "domains": [str(boxes)], "trials": 3, "steps": 15, "storage": str(tmp_path / "runs")},
+        ["eval_every=5", "optim.batch_size=2", "optim.lr=0.002", "loss.tightness=5", "loss.focal=0"],
+    )
+    (row,) = new_study(plan, tracker)["domains"]
+    assert "error" not in row, row
+    assert (row["score"], row["ellipse"], row["best_f1"]) == ("agreement", None, None)
+    (domain,) = tracker.find("domain")
+    assert domain.data.metrics["instances_vanished"] == 1
+    assert not [name for name in domain.data.metrics if "miou" in name or "ellipse" in name]
+    assert row["direct"] == pytest.approx(domain.data.metrics["direct_test_agreement"])
+    assert row["best_trial"], "no trial beat Direct"
+    assert row["val"]["best"] > row["val"]["direct"]
+    entry, _ = registry.fetch(tracker, "boxes", tmp_path / "adapter")
+    assert float(entry.tags["test_agreement"]) == pytest.approx(row["best"], abs=1e-4)
+    report.write(report.collect(tracker, "s"), tmp_path / "report")
+    assert "agreement" in (tmp_path / "report" / report.TABLE).read_text()

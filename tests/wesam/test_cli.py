@@ -34,7 +34,18 @@ def test_adapt_evaluate_and_predict_in_a_row(coco_folder: Path, tmp_path: Path) 
     common = ["evaluate", "--domain", str(coco_folder), "--prompt", "box", "--json", str(result)]
     assert main([*common, "--split", "val", "--adapter", str(adapter)]) == 0
     row = json.loads(result.read_text())
-    assert list(row) == ["domain", "model", "adapter", "prompt", "split", "images", "instances", "miou", "f1"]
+    assert list(row) == [
+        "domain",
+        "model",
+        "adapter",
+        "prompt",
+        "split",
+        "images",
+        "instances",
+        "miou",
+        "f1",
+        "agreement",
+    ]
     assert row["miou"] == pytest.approx(json.loads((adapter / "adaptation.json").read_text())["best"])
     assert (row["images"], row["instances"]) == (2, 4)
 

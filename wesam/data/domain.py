@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
+import torch
 from torch import Tensor
 
 from wesam.config import PromptKind
 from wesam.errors import InputError
-from wesam.prompts import Prompts, weak_labels
+from wesam.prompts import Prompts, tight_boxes, vanishing, weak_labels
 
 SPLITS = ("train", "val", "test")
 
@@ -58,6 +59,19 @@ class Sample:
             raise InputError(f"{self.key} has no masks, only weak labels: --prompt {' or '.join(self.labels)}")
         return self.labels[kind]
 
+    def visible(self, side: int) -> Tensor:
+        """The numbers of the instances that a model of this input side can see, int [M], by their boxes.
+
+        Where only clicks are given, nothing says how large an instance is: all are.
+        """
+        if isinstance(self.labels, Tensor):
+            boxes = tight_boxes(self.labels)
+        elif "box" in self.labels and self.labels["box"].boxes is not None:
+            boxes = self.labels["box"].boxes
+        else:
+            return torch.arange(len(self))
+        return (~vanishing(boxes, (self.image.shape[1], self.image.shape[2]), side)).nonzero()[:, 0]
+
     @property
     def nbytes(self) -> int:
         """What it takes in memory, but for weak labels."""
@@ -74,7 +88,7 @@ class Split(Sequence[Sample]):
     def __init__(self, size: int, read: Callable[[int], Sample], small: Callable[[int], int] = lambda side: 0) -> None:
         self.read = read
         self.small = small
-        """How many of all instances a model of this input side cannot see (:func:`wesam.prompts.vanishing`)."""
+        """How many of all instances are too small for a model of this input side (:meth:`Sample.visible`)."""
         self._kept: list[Sample | None] = [None] * size
         self._bytes = 0
 
