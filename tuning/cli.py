@@ -178,7 +178,8 @@ def _best(args: argparse.Namespace) -> None:
         t = entry.tags
         print(f"adapter in {args.out}; go on with:")
         common = f"--model {t['model']} --adapter {args.out}"
-        print(f"  {program('wesam')} evaluate --domain {t['domain']} --prompt {t['prompt']} --split test {common}")
+        data = f"--domain {t['domain']} --prompt {t.get('val_prompt', t['prompt'])} --split test"
+        print(f"  {program('wesam')} evaluate {data} {common}")
         print(f"  {program('wesam')} predict --image IMAGE --box X0,Y0,X1,Y1 {common} --out mask.png")
 
 

@@ -12,10 +12,10 @@ from typing import Any, get_args
 import yaml
 
 from tuning.space import Axis, Space, fixed, make_space
-from wesam.config import PRESETS, Config, PromptKind, Value, preset
+from wesam.config import BOXES, PRESETS, Config, PromptKind, Value, preset
 from wesam.data import Domain, load_domain, located
 from wesam.errors import InputError, unknown
-from wesam.methods import get_method
+from wesam.methods import checked_method
 from wesam.sam import find_model, model_names
 
 REFERENCES = ("paper", "defaults")
@@ -54,7 +54,10 @@ WORD = r"[\w.+-]{1,100}"
 _OPTIONS = ("prompt", "crop", "seed")
 """Fields of Config that are given as a study's own keys, not among its hyperparameters."""
 
-_BUDGET = ("prompt", "crop", "seed", "steps", "eval_every", "max_instances", "optim.batch_size")
+_BUDGET = (
+    "prompt", "val_prompt", "crop", "seed", "steps", "eval_every", "max_instances", "optim.batch_size",
+    "grid.points_per_side", "grid.predicted_iou", "grid.stability",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +183,10 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
     if changed.optim.batch_size < workers:
         raise InputError(f"{workers} workers share {changed.optim.batch_size} images a step: raise optim.batch_size")
     domains = tuple(located(str(d), settings.get("data", "")) for d in settings.get("domains", ()))
-    names = [d.name for d in _load(domains)]
+    loaded = _load(domains)
+    for domain in loaded:
+        domain.check(changed)
+    names = [d.name for d in loaded]
     return Plan(
         name=_name(settings.get("name") or f"{'-'.join(names)}-{prompt}"),
         domains=domains, model=model, trials=settings.get("trials", 16), workers=workers,
@@ -190,10 +196,10 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
 
 def _check_method(base: Config, space: Space) -> None:
     for method in space["method"].choices if "method" in space else (base.method,):
-        get_method(str(method))
+        checked_method(base.replace({"method": method}))
     for path in ("loss.tightness", "teacher.cut_to_box"):
-        if base.prompt != "box" and (path in space or base.flat()[path]):
-            raise InputError(f"{path} needs the given boxes: use --prompt box")
+        if path in space and base.prompt not in BOXES:
+            raise InputError(f"{path} needs given boxes: use --prompt {' or '.join(BOXES)}")
 
 
 def _load(domains: tuple[str, ...]) -> list[Domain]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from wesam.config import Config, PromptKind, Value
+from wesam.config import BOXES, Config, PromptKind, Value
 from wesam.errors import InputError, unknown
 
 Kind = Literal["float", "int", "categorical"]
@@ -23,7 +23,7 @@ class Axis:
     log: bool = False
     choices: tuple[Value, ...] = ()
     prompt: PromptKind | None = None
-    """Searched only in a study with prompts of this kind."""
+    """``box``: searched only in a study where boxes are given."""
 
     def holds(self, value: Value) -> bool:
         """Whether the value lies on the axis."""
@@ -53,7 +53,7 @@ DEFAULT: Space = {
 }
 """The dice loss keeps its weight: Adam does not see a common factor of all weights, so one of them is the unit."""
 
-OF_THE_STUDY = ("prompt", "crop", "steps", "eval_every", "seed")
+OF_THE_STUDY = ("prompt", "val_prompt", "crop", "steps", "eval_every", "seed")
 """Fields of Config that all trials share, or they could not be compared."""
 
 
@@ -64,7 +64,7 @@ def make_space(changes: Mapping[str, Any], base: Config) -> tuple[Space, Config]
     or adds it; or path -> a single value, which fixes it. Raises InputError that names the path.
     """
     known = {p: v for p, v in base.flat().items() if p not in OF_THE_STUDY}
-    space = {p: a for p, a in DEFAULT.items() if a.prompt in (None, base.prompt)}
+    space = {p: a for p, a in DEFAULT.items() if a.prompt is None or base.prompt in BOXES}
     for key, change in changes.items():
         path = str(key)
         if path in OF_THE_STUDY:

@@ -7,7 +7,7 @@ gradients are summed once a step; the result does not depend on the number of wo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from torch.profiler import record_function
 
 from wesam.adapters import AdaptedSam
 from wesam.anchor import Anchor
-from wesam.config import Config, PromptKind
+from wesam.config import Config
 from wesam.data.domain import Domain
 from wesam.errors import InputError
 from wesam.evaluate import Scores, measure
-from wesam.methods import Batch, Method, get_method
+from wesam.methods import Batch, Method, checked_method
 from wesam.views import flip, strong
 
 STATE_FILE = "state.safetensors"
@@ -73,7 +73,8 @@ def adapt(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if config.optim.batch_size < world:
         raise InputError(f"optim.batch_size {config.optim.batch_size} is less than the {world} workers that share it")
-    method = get_method(config.method)
+    method = checked_method(config)
+    domain.check(config)
     decay = config.teacher.decay
     model = AdaptedSam(sam, config.lora, teacher=decay > 0, seed=config.seed, crop=config.crop, compute=config.compute)
     parameters = model.trainable()
@@ -82,7 +83,7 @@ def adapt(
     val = domain.split("val")
 
     def scores() -> Scores:
-        return _gathered(measure(model, val if world == 1 else val[rank::world], config.prompt), len(val))
+        return _gathered(measure(model, val if world == 1 else val[rank::world], config.scored_with), len(val))
 
     done = _restore(resume, model, optimizer) if resume else 0
     if done == 0:
@@ -218,14 +219,16 @@ def draw(anchor: Anchor, config: Config, step: int, method: Method, rank: int = 
     )
 
 
-_ANCHORS: WeakKeyDictionary[Sam, dict[tuple[str, str, PromptKind, float, str], Anchor]] = WeakKeyDictionary()
+_ANCHORS: WeakKeyDictionary[Sam, dict[tuple[Hashable, ...], Anchor]] = WeakKeyDictionary()
 
 
 def _anchor(sam: Sam, domain: Domain, config: Config) -> Anchor:
     """The anchor's answers, shared by all adaptations of this model to this domain in this process."""
     kept = _ANCHORS.setdefault(sam, {})
-    key = (domain.name, domain.digest, config.prompt, config.crop, config.compute.precision)
-    return kept.setdefault(key, Anchor(sam, domain.split("train"), config.prompt, config.crop, config.compute))
+    key = (domain.name, domain.digest, config.prompt, config.crop, config.compute.precision, config.grid)
+    if key not in kept:
+        kept[key] = Anchor(sam, domain.split("train"), config.prompt, config.crop, config.compute, config.grid)
+    return kept[key]
 
 
 def _generator(*words: int) -> torch.Generator:

@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wesam.adapters import autocast
-from wesam.config import ComputeConfig, PromptKind
+from wesam.config import ComputeConfig, GridConfig, PromptKind
 from wesam.crops import WHOLE, cut, inside, windows
 from wesam.data.domain import Sample
 from wesam.errors import InputError
+from wesam.grid import grid_prompts
 from wesam.losses import pooled
 from wesam.prompts import Prompts
 from wesam.sam.checkpoints import home
@@ -71,10 +72,10 @@ class Anchor:
 
     def __init__(
         self, sam: Sam, split: Sequence[Sample], prompt: PromptKind, crop: float = 0.0,
-        compute: ComputeConfig | None = None,
+        compute: ComputeConfig | None = None, grid: GridConfig | None = None,
     ) -> None:  # fmt: skip
         self.sam = sam
-        self._compute = compute or ComputeConfig()
+        self._compute, self._grid = compute or ComputeConfig(), grid or GridConfig()
         self._split, self._prompt, self._crop = split, prompt, crop
         self._labels: dict[int, tuple[Tensor, Prompts]] = {}
         self._prepared: dict[Place, Prepared] = {}
@@ -86,25 +87,49 @@ class Anchor:
 
     def place(self, index: int, generator: torch.Generator) -> Place:
         """The whole image of this number, or where it is cropped, one of its prompts at random."""
-        if not self._crop:
+        if not self._crop or self._prompt == "grid":  # a single click does not tell a size
             return index, WHOLE
-        return index, int(torch.randint(len(self._given(index)[1]), (), generator=generator))
+        return index, int(torch.randint(len(self.given(index)), (), generator=generator))
+
+    def given(self, index: int) -> Prompts:
+        """The N prompts of an image, in its pixels."""
+        return self._given(index)[1]
 
     def _given(self, index: int) -> tuple[Tensor, Prompts]:
-        """The numbers of an image's instances, [N], without those that vanish when it is seen whole; their labels."""
+        """The numbers of an image's instances, [N], without those that vanish when it is seen whole; their labels.
+
+        Of a grid no instances are known, and the clicks are those that the anchor is sure of.
+        """
         if index not in self._labels:
             sample = self._split[index]
+            if self._prompt == "grid":
+                self._labels[index] = torch.arange(0), self._clicks(sample.image)
+                return self._labels[index]
             prompts = sample.weak_labels(self._prompt)
             used = torch.arange(len(prompts)) if self._crop else sample.visible(self.sam.image_encoder.img_size)
             self._labels[index] = used, prompts[used]
         return self._labels[index]
+
+    def _clicks(self, image: Tensor) -> Prompts:
+        """The grid's clicks in an image, uint8 [3, H, W], in its pixels."""
+        side: int = self.sam.image_encoder.img_size
+        view = resize(image, side)
+        name = self._name(repr(self._grid), view)
+        kept = self._store.get(name)
+        if kept is None:
+            found = grid_prompts(self.sam, view, self._grid)
+            assert found.points is not None
+            assert found.point_labels is not None
+            kept = {"points": found.points, "labels": found.point_labels}
+            self._store.put(name, kept)
+        return Prompts(points=kept["points"], point_labels=kept["labels"]).scaled(max(image.shape[1:]) / side)
 
     def prepared(self, place: Place) -> Prepared:
         """What is at this place, resized, with the weak labels that lie in it."""
         if place not in self._prepared:
             index, around = place
             sample, (used, prompts) = self._split[index], self._given(index)
-            image, masks = sample.image, sample.masks[used] if sample.has_masks else None
+            image, masks = sample.image, sample.masks[used] if sample.has_masks and len(used) else None
             if around != WHOLE:
                 number = torch.tensor([around])
                 window = windows(prompts[number], (image.shape[1], image.shape[2]), self._crop)[0]
@@ -123,7 +148,9 @@ class Anchor:
             item = self.prepared(place)
             view = flip(item.image, *flips)
             prompts = item.prompts.flipped(*flips, (view.shape[1], view.shape[2]))
-            name = self._name(view, prompts)
+            half = autocast(self.sam, self._compute)
+            given = (prompts.boxes, prompts.points, prompts.point_labels, *(prompts.polygons or ()))
+            name = self._name(f"{half.device} {half._enabled}", view, *given)
             kept = self._store.get(name)
             if kept is None:
                 kept = self._ask(view, prompts)
@@ -147,12 +174,11 @@ class Anchor:
         packed = np.packbits(torch.cat(masks).cpu().numpy(), axis=2)
         return {"masks": torch.from_numpy(packed), "features": torch.cat(features).cpu()}
 
-    def _name(self, view: Tensor, prompts: Prompts) -> str:
-        """A digest of all that makes an answer: weights, pixels, prompts, precision, and the form it is kept in."""
-        half = autocast(self.sam, self._compute)
-        digest = hashlib.blake2b(f"{FORMAT} {half.device} {half._enabled}".encode(), digest_size=24)
+    def _name(self, how: str, *parts: Tensor | None) -> str:
+        """A digest of all that makes an answer: weights, how it is asked, pixels, prompts, the form it is kept in."""
+        digest = hashlib.blake2b(f"{FORMAT} {how}".encode(), digest_size=24)
         digest.update(_weights_digest(self.sam))
-        for part in (view, prompts.boxes, prompts.points, prompts.point_labels, *(prompts.polygons or ())):
+        for part in parts:
             if part is not None:
                 digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
                 digest.update(part.contiguous().numpy().tobytes())

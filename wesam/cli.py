@@ -19,16 +19,17 @@ from segment_anything.modeling import Sam
 
 from wesam.adapt import Report, adapt, keep_best
 from wesam.adapters import AdaptedSam
+from wesam.anchor import Anchor
 from wesam.bench import bench_step
 from wesam.compare import compare
 from wesam.config import PRESETS, Config, method_preset, preset
 from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, guarded, json_file, table, write_json
-from wesam.data import NOTES, PUBLISHED, SPLITS, Domain, load_domain, located
+from wesam.data import NOTES, PUBLISHED, SPLITS, Domain, Split, load_domain, located
 from wesam.data.images import read_image
 from wesam.errors import InputError
 from wesam.evaluate import baseline, evaluate, predict
 from wesam.memory import reckon
-from wesam.methods import METHODS, get_method
+from wesam.methods import METHODS, checked_method
 from wesam.overlay import contact_sheet, overlay
 from wesam.prompts import Prompts
 from wesam.sam import REGISTRY, describe, fetch_model, load_sam, model_names, random_sam
@@ -49,10 +50,10 @@ def _parser() -> Parser:
         added.set_defaults(run=run)
         return added
 
-    def model(p: argparse.ArgumentParser) -> None:
+    def model(p: argparse.ArgumentParser, use: str = "") -> None:
         p.add_argument(
             "--model", default="nano",
-            help=f"one of {', '.join(model_names())}, or a file with weights of one (default: nano)",
+            help=f"{use}one of {', '.join(model_names())}, or a file with weights of one (default: nano)",
         )  # fmt: skip
         p.add_argument(
             "--device", type=_device, default=_device("auto"), help="cpu or cuda (default: cuda if it is there)"
@@ -105,6 +106,7 @@ def _parser() -> Parser:
 
     p = command("show", _show, "Draw images of a domain with their masks and weak labels on one sheet.")
     data(p, "domain")
+    model(p, "whose clicks a grid's are; ")
     p.add_argument("--split", choices=SPLITS, default="train")
     p.add_argument("--images", type=int, default=12, help="(default: 12)")
     p.add_argument("--out", type=Path, required=True, metavar="SHEET.png")
@@ -260,8 +262,17 @@ def _show(args: argparse.Namespace) -> None:
     domain = _domain(args)
     split = domain.split(args.split)
     title = f"{domain.name}, {args.split}: {len(split)} images; given: {args.prompt}"
-    _save(contact_sheet(split, args.prompt, title, images=args.images), args.out)
+    sheet = contact_sheet(split, _given(args, split), title, images=args.images)
+    _save(sheet, args.out)
     print(f"{args.out} shows {min(args.images, len(split))} of {len(split)} images")
+
+
+def _given(args: argparse.Namespace, split: Split) -> Callable[[int], Prompts]:
+    """The weak labels of an image of the split, by its number, in its pixels."""
+    if args.prompt == "grid":
+        grid = method_preset(args.model, "wesam").grid
+        return Anchor(load_sam(args.model).to(args.device), split, "grid", grid=grid).given
+    return lambda n: split[n].weak_labels(args.prompt)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -287,10 +298,11 @@ def _adapt(args: argparse.Namespace) -> None:
     sam, domain = load_sam(args.model).to(args.device), _domain(args)
     start = preset(args.preset) if args.preset else method_preset(args.model, args.method or "wesam")
     method = args.method or start.method
-    get_method(method)
     changes = {"method": method, "prompt": args.prompt, "seed": args.seed}
     changes |= _changes(args)
     config = start.replace(changes).parse(_set(args))
+    checked_method(config)
+    domain.check(config)
     vanished = _vanished(sam, domain, config)
     _writable(args.out)
     curve: list[dict[str, float]] = []
@@ -344,7 +356,7 @@ def _changes(args: argparse.Namespace) -> dict[str, Any]:
 def _vanished(sam: Sam, domain: Domain, config: Config) -> int:
     """How many training instances are too small for the model, seen whole, to see; says so if there are any."""
     side = sam.image_encoder.img_size
-    count = 0 if config.crop else domain.split("train").small(side)
+    count = 0 if config.crop or config.prompt == "grid" else domain.split("train").small(side)
     if count:
         print(
             f"left out of training, less than a pixel wide or high at the model's {side} px: {count} instances;"

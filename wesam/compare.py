@@ -15,6 +15,7 @@ from wesam.adapters import AdaptedSam
 from wesam.config import Config
 from wesam.data.domain import Domain
 from wesam.evaluate import baseline, evaluate
+from wesam.methods import checked_method
 
 
 def compare(
@@ -33,7 +34,10 @@ def compare(
     """
     test = domain.split("test")
     first = next(iter(configs.values()))
-    prompt, crop = first.prompt, first.crop
+    prompt, crop = first.scored_with, first.crop
+    for config in configs.values():
+        checked_method(config)
+        domain.check(config)
     row: dict[str, Any] = {
         "box_filled": baseline("box", test).objective,
         "ellipse": baseline("ellipse", test).objective,

@@ -17,10 +17,12 @@ from wesam.errors import InputError, unknown
 
 PromptKind = Literal[
     "box", "point", "coarse", "coarse-box",
-    "point1", "point2", "point3", "point4", "point5", "point6", "point7", "point8", "point9", "point10",
+    "point1", "point2", "point3", "point4", "point5", "point6", "point7", "point8", "point9", "point10", "grid",
 ]  # fmt: skip
 """Kinds of weak labels: the tight box; 5 clicks inside and 5 outside (pointN: N and N); a polygon of few vertices as a
-mask, or its bounding box."""
+mask, or its bounding box; no labels at all but the clicks of a grid that the source model is sure of."""
+BOXES: tuple[PromptKind, ...] = ("box", "coarse-box")
+"""The kinds that give the model a box."""
 Targets = Literal["qkv", "attention", "encoder", "encoder+decoder"]
 Precision = Literal["auto", "fp32", "bf16"]
 Value = int | float | bool | str
@@ -104,6 +106,15 @@ class ViewConfig(_Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GridConfig(_Checked):
+    """The clicks to train on where there are no labels (:func:`wesam.grid.grid_prompts`); SAM's own thresholds."""
+
+    points_per_side: int = _hp(32, "clicks in a row of the grid; at most one in a cell of the embedding", 1, 256)
+    predicted_iou: float = _hp(0.88, "a click is kept if the IoU that the model predicts is at least this", 0, 1)
+    stability: float = _hp(0.95, "and if its masks at logits above 1 and above -1 have at least this IoU", 0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimConfig(_Checked):
     """Adam and its schedule."""
 
@@ -131,6 +142,7 @@ class Config(_Checked):
 
     method: str = _hp("wesam", "the method: a name from wesam.methods")
     prompt: PromptKind = _hp("box", "kind of weak label")
+    val_prompt: PromptKind = _hp("box", "kind of weak label that scores are taken with where prompt is grid")
     crop: float = _hp(
         0.0, "0 shows the whole image; else a square around each prompt of this many of its lengths", 0, 16
     )
@@ -142,6 +154,7 @@ class Config(_Checked):
     loss: LossConfig = field(default_factory=LossConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
+    grid: GridConfig = field(default_factory=GridConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
@@ -149,6 +162,13 @@ class Config(_Checked):
         super().__post_init__()
         if 0 < self.crop < 1:
             raise InputError(f"crop must be 0 (the whole image) or at least 1, got {self.crop!r}")
+        if self.val_prompt == "grid":
+            raise InputError("val_prompt must be a kind that a person gives: a grid cannot tell what is right")
+
+    @property
+    def scored_with(self) -> PromptKind:
+        """The kind of prompt that val and test are scored with: the one trained on, but for a grid."""
+        return self.val_prompt if self.prompt == "grid" else self.prompt
 
     def replace(self, changes: Mapping[str, Value]) -> Self:
         """A copy with the fields at these dotted paths changed; raises InputError for a wrong path or value."""
@@ -214,7 +234,7 @@ PRESETS: dict[str, dict[str, Value]] = {
     "nano": {
         "lora.rank": 16, "lora.alpha_ratio": 2.0, "loss.focal": 60.0, "loss.dice": 0.3,
         "loss.anchor": 0.1, "loss.contrastive": 0.05, "optim.lr": 5e-4, "optim.warmup_steps": 10,
-        "steps": 60, "eval_every": 10, "max_instances": 8,
+        "steps": 60, "eval_every": 10, "max_instances": 8, "grid.predicted_iou": 0.6, "grid.stability": 0.5,
     },
     "nano-supervised": {
         "method": "supervised", "lora.rank": 16, "lora.alpha_ratio": 2.0, "lora.targets": "encoder+decoder",

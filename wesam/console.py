@@ -21,7 +21,7 @@ DOMAIN_HELP = (
 )
 PROMPT_HELP = (
     "kind of weak label: box, point (5 clicks on the object, 5 beside it; point1 to point10: so many), coarse (a"
-    " polygon as a mask), coarse-box"
+    " polygon as a mask), coarse-box; to train without labels: grid (clicks that the model itself is sure of)"
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import cv2
 import numpy as np
@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional as F
 
-from wesam.config import PromptKind
 from wesam.data.domain import Sample
 from wesam.prompts import NO_CLICK, Prompts
 
@@ -57,14 +56,17 @@ def _draw(pen: ImageDraw.ImageDraw, prompts: Prompts) -> None:
 
 
 def contact_sheet(
-    split: Sequence[Sample], kind: PromptKind, title: str, *, images: int, columns: int = 4
+    split: Sequence[Sample], given: Callable[[int], Prompts], title: str, *, images: int, columns: int = 4
 ) -> Image.Image:
-    """So many images of a split, evenly spread over it, with their masks and weak labels."""
+    """So many images of a split, evenly spread over it, with their masks and weak labels.
+
+    given: the weak labels of an image by its number in the split, in its pixels.
+    """
     cell = 300
     rows: list[list[Image.Image]] = []
     for n in range(count := min(images, len(split))):
-        sample = split[n * len(split) // count]
-        prompts = sample.weak_labels(kind)
+        number = n * len(split) // count
+        sample, prompts = split[number], given(number)
         factor = cell / max(sample.image.shape[1:])
         size = [max(1, round(n * factor)) for n in sample.image.shape[1:]]
         image = F.interpolate(sample.image[None].float(), size, mode="bilinear", antialias=True)[0].to(torch.uint8)

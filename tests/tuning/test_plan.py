@@ -81,7 +81,8 @@ def test_the_papers_trial_takes_only_the_budget_from_the_study() -> None:
     made = plan(["lora.rank=8", "optim.batch_size=2"], steps=7, seed=5)
     paper = made.config("paper", {})
     budget = {"steps": 7, "eval_every": 1, "seed": 5, "optim.batch_size": 2, "max_instances": 8}
-    assert paper == preset("paper").replace(budget)
+    clicks = {"grid.predicted_iou": 0.6, "grid.stability": 0.5}  # what is trained on, not how
+    assert paper == preset("paper").replace({**budget, **clicks})
     assert made.config("defaults", {}) == made.base
 
 

@@ -18,15 +18,17 @@ Json = dict[str, Any]
 
 
 def listed(
-    folder: Folder, name: str, images: str, digest: hashlib._Hash, found: Findings, *, all_images: bool = False
-) -> list[Entry] | None:
+    folder: Folder, name: str, images: str, digest: hashlib._Hash, found: Findings, *, all_images: bool = False,
+    unlabelled: bool = False,
+) -> list[Entry] | None:  # fmt: skip
     """The images with instances in the listing of this name, in its order; None if it is unusable.
 
     images: what goes before each ``file_name``: a folder with "/" at its end, or nothing; then they may also lie in
-    ``images/``. all_images: those without instances too. Masks are polygons, compressed or uncompressed RLE. Where no
-    annotation of the listing has a ``segmentation``, its ``bbox`` and ``keypoints`` are the given weak labels: a
-    keypoint with v = 2 is a click on the object, with v = 1 one beside it. Crowd regions are left out; annotations that
-    are wrong are left out too, and listed in ``found``. The listing and its images' sizes in bytes go into the digest.
+    ``images/``. all_images: those without instances too. unlabelled: all images, if there is
+    no annotation. Masks are polygons, compressed or uncompressed RLE. Where no annotation of the listing has a
+    ``segmentation``, its ``bbox`` and ``keypoints`` are the given weak labels: a keypoint with v = 2 is a click on the
+    object, with v = 1 one beside it. Crowd regions are left out; annotations that are wrong are left out too, and
+    listed in ``found``. The listing and its images' sizes in bytes go into the digest.
     """
     path = folder.path(name)
     try:
@@ -57,7 +59,7 @@ def listed(
     entries = [
         Entry(images + i["file_name"], (i["height"], i["width"]), instances[i["id"]])
         for i in known.values()
-        if instances[i["id"]] or all_images
+        if instances[i["id"]] or all_images or (unlabelled and not listing["annotations"])
     ]
     for entry in entries:
         if entry.name in folder:

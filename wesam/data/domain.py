@@ -9,7 +9,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from wesam.config import PromptKind
+from wesam.config import Config, PromptKind
 from wesam.errors import InputError
 from wesam.prompts import Prompts, tight_boxes, vanishing, weak_labels
 
@@ -26,14 +26,15 @@ class Sample:
     """uint8 [3, H, W], RGB."""
     labels: Tensor | Mapping[PromptKind, Prompts]
     """The instances' masks, bool [N, H, W], N >= 1, each with at least one pixel; or, where no masks are known, the
-    weak labels that were given, N of each kind."""
+    weak labels that were given, N of each kind; no kind, where nothing is known, to train on the clicks of a grid."""
 
     @property
     def masks(self) -> Tensor:
         """The instances' masks, bool [N, H, W]; raises InputError if none are known."""
         if isinstance(self.labels, Tensor):
             return self.labels
-        raise InputError(f"{self.key} has no masks, only weak labels ({', '.join(self.labels)}): no mIoU")
+        known = f"only weak labels ({', '.join(self.labels)})" if self.labels else "no labels at all"
+        raise InputError(f"{self.key} has no masks, {known}: no mIoU")
 
     @property
     def has_masks(self) -> bool:
@@ -45,18 +46,23 @@ class Sample:
         return self.labels if isinstance(self.labels, Tensor) else self.image.new_zeros(0, *self.image.shape[1:]).bool()
 
     def __len__(self) -> int:
-        """The number of instances."""
-        return len(self.labels if isinstance(self.labels, Tensor) else next(iter(self.labels.values())))
+        """The number of instances; 0 where none are known."""
+        return len(self.labels if isinstance(self.labels, Tensor) else next(iter(self.labels.values()), ()))
 
     def weak_labels(self, kind: PromptKind) -> Prompts:
         """The N weak labels of this kind, as given, or drawn from the masks: always the same ones.
 
-        Raises InputError if there are no masks and none of this kind are given.
+        Raises InputError if there are no masks and none of this kind are given, and for ``grid``, which is no label.
         """
+        if kind == "grid":
+            raise InputError(
+                "grid is no label of a person's, but what a model is sure of: to train on, not to score by"
+            )
         if isinstance(self.labels, Tensor):
             return weak_labels(self.labels, kind, self.key)
         if kind not in self.labels:
-            raise InputError(f"{self.key} has no masks, only weak labels: --prompt {' or '.join(self.labels)}")
+            known = "only weak labels" if self.labels else "no labels at all"
+            raise InputError(f"{self.key} has no masks, {known}: --prompt {' or '.join(self.labels or ['grid'])}")
         return self.labels[kind]
 
     def visible(self, side: int) -> Tensor:
@@ -127,3 +133,9 @@ class Domain:
     def split(self, name: str) -> Split:
         """The images of ``train``, ``val`` or ``test``."""
         return self.splits[name]
+
+    def check(self, config: Config) -> None:
+        """Raises InputError if it lacks the labels that this configuration trains on or is scored with."""
+        if config.prompt != "grid":
+            self.split("train")[0].weak_labels(config.prompt)
+        self.split("val")[0].weak_labels(config.scored_with)

@@ -121,7 +121,7 @@ def _three_listings(folder: Folder, listings: Mapping[str, tuple[str, str]]) -> 
             wanted = [n for n, _ in listings.values()]
             found.fatal.append(f"no {name} in {folder.place}: a domain has {wanted[0]}, {wanted[1]} and {wanted[2]}")
         else:
-            entries[split] = listed(folder, name, images, digest, found) or []
+            entries[split] = listed(folder, name, images, digest, found, unlabelled=split == "train") or []
     note = f"COCO instances in {folder.place}"
     return domain(folder, entries, found, digest.hexdigest(), note, keyed_by_split=True)
 

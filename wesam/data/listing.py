@@ -47,7 +47,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Entry:
-    """An image and its instances: masks as compressed RLEs, or weak labels."""
+    """An image and its instances: masks as compressed RLEs, or weak labels; none, where nothing is known of it."""
 
     name: str
     """Its file, relative to the domain's folder."""
@@ -109,7 +109,7 @@ def _sample(folder: Folder, entry: Entry, key: str) -> Sample:
         raise InputError(f"{folder.path(entry.name)} is not of {w} x {h} pixels, as its labels are")
     image = torch.from_numpy(pixels.transpose(2, 0, 1).copy())
     given = [i for i in entry.instances if isinstance(i, Given)]
-    if given:
+    if given or not entry.instances:
         return Sample(key, image, _prompts(given))
     return Sample(key, image, torch.from_numpy(np.stack([unpacked(code) for code in entry.instances])))  # type: ignore[arg-type]
 
@@ -117,6 +117,8 @@ def _sample(folder: Folder, entry: Entry, key: str) -> Sample:
 def _prompts(given: Sequence[Given]) -> dict[PromptKind, Prompts]:
     """What all of them have, by kind."""
     prompts: dict[PromptKind, Prompts] = {}
+    if not given:
+        return prompts
     boxes = [g.box for g in given if g.box is not None]
     if len(boxes) == len(given):
         prompts["box"] = Prompts(boxes=torch.tensor(boxes, dtype=torch.float32))

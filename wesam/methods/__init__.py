@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from wesam.errors import unknown
+from wesam.config import BOXES, Config
+from wesam.errors import InputError, unknown
 from wesam.methods import supervised, wesam
 from wesam.methods.base import Batch, Method
 
@@ -16,4 +17,15 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Batch", "Method", "get_method"]
+def checked_method(config: Config) -> Method:
+    """The method of this configuration; raises InputError if it cannot train on this kind of prompt."""
+    method = get_method(config.method)
+    if method.needs_masks and config.prompt == "grid":
+        raise InputError(f"{config.method} needs the masks that its prompts mean, and a grid's clicks mean none known")
+    for path, on in (("loss.tightness", config.loss.tightness), ("teacher.cut_to_box", config.teacher.cut_to_box)):
+        if on and config.prompt not in BOXES:
+            raise InputError(f"{path} needs given boxes: use --prompt {' or '.join(BOXES)}")
+    return method
+
+
+__all__ = ["METHODS", "Batch", "Method", "checked_method", "get_method"]

@@ -8,7 +8,6 @@ from torch import Tensor
 from wesam import losses as L
 from wesam.adapters import AdaptedSam
 from wesam.config import Config
-from wesam.errors import InputError
 from wesam.methods.base import Batch, Method
 from wesam.prompts import Prompts
 from wesam.sam.promptable import decode, encode
@@ -55,8 +54,7 @@ def losses(model: AdaptedSam, batch: Batch, config: Config) -> dict[str, Tensor]
 
 def _given_boxes(batch: Batch, size: int) -> Tensor:
     boxes = Prompts.concatenate(batch.prompts).boxes
-    if boxes is None:
-        raise InputError("loss.tightness and teacher.cut_to_box need boxes: use them with --prompt box")
+    assert boxes is not None
     return L.box_masks(boxes, size, batch.stride).to(batch.image.device)
 
 
