@@ -1,4 +1,4 @@
-"""The command ``wesam``: models, fetch, domains, check, show, evaluate, adapt, compare, bench, predict."""
+"""The command ``wesam``: models, fetch, domains, check, show, evaluate, adapt, compare, cross, bench, predict."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from wesam.adapt import Report, adapt, keep_best
 from wesam.adapters import AdaptedSam
 from wesam.anchor import Anchor
 from wesam.bench import bench_step
-from wesam.compare import compare
-from wesam.config import PRESETS, Config, method_preset, preset
+from wesam.compare import compare, cross
+from wesam.config import PRESETS, Config, PromptKind, method_preset, preset
 from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, guarded, json_file, table, write_json
 from wesam.data import NOTES, PUBLISHED, SPLITS, Domain, Split, load_domain, located
 from wesam.data.images import read_image
@@ -59,7 +59,7 @@ def _parser() -> Parser:
             "--device", type=_device, default=_device("auto"), help="cpu or cuda (default: cuda if it is there)"
         )
 
-    def data(p: argparse.ArgumentParser, option: str = "--domain", prompt: bool = True) -> None:
+    def data(p: argparse.ArgumentParser, option: str = "--domain", prompt: Callable[[str], Any] | None = _kind) -> None:
         if option[0] == "-":
             p.add_argument(option, required=True, metavar="D", help=DOMAIN_HELP)
         else:
@@ -68,7 +68,9 @@ def _parser() -> Parser:
             "--data", default="", metavar="ROOT", help="where published data sets lie (default: $WESAM_DATA)"
         )
         if prompt:
-            p.add_argument("--prompt", type=_kind, default="box", metavar="KIND", help=f"{PROMPT_HELP} (default: box)")
+            several = "; several with commas" if prompt is _kinds else ""
+            text = f"{PROMPT_HELP}{several} (default: box)"
+            p.add_argument("--prompt", type=prompt, default=prompt("box"), metavar="KIND", help=text)
 
     def crop(p: argparse.ArgumentParser, default: str) -> None:
         p.add_argument(
@@ -101,7 +103,7 @@ def _parser() -> Parser:
     result(p)
 
     p = command("check", _check, "Read all of a domain and list what is wrong with it; exit code 1 if it is unusable.")
-    data(p, "domain", prompt=False)
+    data(p, "domain", prompt=None)
     result(p)
 
     p = command("show", _show, "Draw images of a domain with their masks and weak labels on one sheet.")
@@ -112,7 +114,7 @@ def _parser() -> Parser:
     p.add_argument("--out", type=Path, required=True, metavar="SHEET.png")
 
     p = command("evaluate", _evaluate, "Score a model, with or without an adapter, on a split of a domain.")
-    data(p)
+    data(p, prompt=_kinds)
     model(p)
     p.add_argument("--split", choices=SPLITS, default="test")
     p.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter to put on the model")
@@ -145,6 +147,22 @@ def _parser() -> Parser:
     p.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default: 3)")
     most(p)
     p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a hyperparameter of every method")
+    result(p)
+
+    text = "Adapt with each kind of weak label; score each one's best checkpoint on test with every kind of prompt."
+    p = command("cross", _cross, text)
+    data(p, prompt=None)
+    p.add_argument(
+        "--prompts", type=_kinds, default=_kinds("box,point,coarse"), metavar="KIND,...",
+        help=f"{PROMPT_HELP} (default: box,point,coarse)",
+    )  # fmt: skip
+    model(p)
+    p.add_argument("--method", default="wesam", help=f"one of {', '.join(METHODS)} (default: wesam)")
+    crop(p, "default: the preset's")
+    p.add_argument("--steps", type=int, help="optimisation steps")
+    p.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default: 3)")
+    most(p)
+    p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a hyperparameter of every row")
     result(p)
 
     benches = commands.add_parser("bench", help="Measure what a step costs.", description="Measure what a step costs.")
@@ -278,20 +296,24 @@ def _given(args: argparse.Namespace, split: Split) -> Callable[[int], Prompts]:
 def _evaluate(args: argparse.Namespace) -> None:
     domain = _domain(args)
     split = domain.split(args.split)
+    _ = split[0].masks  # without them there is no mIoU
     if args.baseline:
-        scores, name, crop = baseline(args.baseline, split), f"{args.baseline} (no model)", None
+        if len(args.prompt) > 1:
+            raise InputError("--baseline draws in the given box: leave the other kinds of --prompt away")
+        model, name, crop = None, f"{args.baseline} (no model)", 0.0
     else:
         model, name = _model(args), args.model
         crop = args.crop if args.crop is not None else getattr(model, "crop", 0.0)
-        _ = split[0].masks  # without them there is no mIoU
-        scores = evaluate(model, split, args.prompt, crop=args.crop, progress=_progress("evaluating"))
-    row = {
-        "domain": domain.name, "model": name, "adapter": str(args.adapter) if args.adapter else None,
-        "prompt": args.prompt, "split": args.split, **dataclasses.asdict(scores),
-        **({"crop": crop} if crop else {}),
-    }  # fmt: skip
-    print(table([row]))
-    write_json(args.json, row)
+    rows = []
+    for kind in args.prompt:
+        progress = _progress(f"evaluating with {kind} prompts")
+        scores = evaluate(model, split, kind, crop=crop, progress=progress) if model else baseline(args.baseline, split)
+        rows.append({
+            "domain": domain.name, "model": name, "adapter": str(args.adapter) if args.adapter else None,
+            "prompt": kind, "split": args.split, **dataclasses.asdict(scores), **({"crop": crop} if crop else {}),
+        })  # fmt: skip
+    print(table(rows))
+    write_json(args.json, rows if len(rows) > 1 else rows[0])
 
 
 def _adapt(args: argparse.Namespace) -> None:
@@ -346,6 +368,20 @@ def _compare(args: argparse.Namespace) -> None:
     }  # fmt: skip
     print(table([{k: v for k, v in row.items() if not isinstance(v, list)}]))
     write_json(args.json, row)
+
+
+def _cross(args: argparse.Namespace) -> None:
+    sam, domain = load_sam(args.model).to(args.device), _domain(args)
+    if args.seeds < 1:
+        raise InputError(f"--seeds must be at least 1, got {args.seeds}")
+    start = method_preset(args.model, args.method)
+    configs = {k: start.replace({"prompt": k, **_changes(args)}).parse(_set(args)) for k in args.prompts}
+    _vanished(sam, domain, next(iter(configs.values())))
+    rows = cross(sam, domain, configs, range(args.seeds), watch=lambda text: print(text, flush=True))
+    columns = [k for k, v in rows[-1].items() if not isinstance(v, list)]
+    print(table([{k: row.get(k) for k in columns} | {"trained_with": row["trained_with"] or "Direct"} for row in rows]))
+    head = {"domain": domain.name, "model": args.model, "method": args.method}
+    write_json(args.json, [{**head, **row} for row in rows])
 
 
 def _changes(args: argparse.Namespace) -> dict[str, Any]:
@@ -465,11 +501,15 @@ def _set(args: argparse.Namespace) -> list[str]:
     return list(args.set)
 
 
-def _kind(text: str) -> str:
+def _kind(text: str) -> PromptKind:
     try:
         return Config().parse([f"prompt={text}"]).prompt
     except InputError as e:
         raise argparse.ArgumentTypeError(str(e)) from None
+
+
+def _kinds(text: str) -> list[PromptKind]:
+    return list(dict.fromkeys(_kind(part.strip()) for part in text.split(",")))
 
 
 def _crop(text: str) -> float:

@@ -1,4 +1,4 @@
-"""Methods side by side on one domain: same data, prompts and budget, several seeds, the test split read once each."""
+"""Methods, or kinds of weak labels, side by side on one domain: same data and budget, several seeds."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from segment_anything.modeling import Sam
 
-from wesam.adapt import adapt, keep_best
+from wesam.adapt import Best, adapt, keep_best
 from wesam.adapters import AdaptedSam
-from wesam.config import Config
+from wesam.config import Config, PromptKind
 from wesam.data.domain import Domain
-from wesam.evaluate import baseline, evaluate
+from wesam.evaluate import Scores, baseline, evaluate
 from wesam.methods import checked_method
 
 
@@ -48,9 +48,8 @@ def compare(
     for name, config in configs.items():
         found: list[float] = []
         for seed in seeds:
-            with tempfile.TemporaryDirectory() as folder:
-                best = keep_best(adapt(sam, domain, config.replace({"seed": seed}), direct=val), Path(folder))
-                found.append(evaluate(AdaptedSam.load(sam, Path(folder)), test, prompt).objective)
+            model, best = _adapted(sam, domain, config.replace({"seed": seed}), val)
+            found.append(evaluate(model, test, prompt).objective)
             watch(f"{name} seed {seed}: test mIoU {found[-1]:.3f} (val {best.val.objective:.3f} at step {best.step})")
         row[name] = statistics.mean(found)
         row[f"{name}_sd"] = statistics.stdev(found) if len(found) > 1 else 0.0
@@ -58,3 +57,55 @@ def compare(
     if {"wesam", "supervised"} <= row.keys() and row["supervised"] > direct:
         row["gap_closed"] = (row["wesam"] - direct) / (row["supervised"] - direct)
     return row
+
+
+def cross(
+    sam: Sam,
+    domain: Domain,
+    configs: Mapping[PromptKind, Config],
+    seeds: Iterable[int],
+    *,
+    watch: Callable[[str], None] = lambda text: None,
+) -> list[dict[str, Any]]:
+    """Test mIoU with each kind of prompt of the unadapted model, and of the best checkpoint of each kind trained on.
+
+    configs: by the kind of prompt that they train on. A row for Direct and one for each of these, with the mean over
+    the seeds by the kind that test is prompted with (a grid is none), its standard deviation as ``KIND_sd`` and the
+    list of all as ``KIND_all``.
+    """
+    test = domain.split("test")
+    for config in configs.values():
+        checked_method(config)
+        domain.check(config)
+    asked: list[PromptKind] = list(dict.fromkeys(c.scored_with for c in configs.values()))
+    crop = next(iter(configs.values())).crop
+    direct: dict[str, Any] = {k: evaluate(sam, test, k, crop=crop).objective for k in asked}
+    rows: list[dict[str, Any]] = [{"trained_with": None, **direct}]
+    watch("direct: test " + _said(direct, asked))
+    for trained, config in configs.items():
+        val = evaluate(sam, domain.split("val"), config.scored_with, crop=crop)
+        found: dict[PromptKind, list[float]] = {k: [] for k in asked}
+        for seed in seeds:
+            model, best = _adapted(sam, domain, config.replace({"seed": seed}), val)
+            for kind in asked:
+                found[kind].append(evaluate(model, test, kind).objective)
+            said = _said({str(k): v[-1] for k, v in found.items()}, asked)
+            watch(f"trained with {trained}, seed {seed}: test {said} (best at step {best.step})")
+        row: dict[str, Any] = {"trained_with": trained}
+        for name, values in found.items():
+            row[name] = statistics.mean(values)
+            row[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else 0.0
+            row[f"{name}_all"] = values
+        rows.append(row)
+    return rows
+
+
+def _said(row: Mapping[str, Any], kinds: Iterable[str]) -> str:
+    return "  ".join(f"{k} {row[k]:.3f}" for k in kinds)
+
+
+def _adapted(sam: Sam, domain: Domain, config: Config, val: Scores) -> tuple[AdaptedSam, Best]:
+    """The best checkpoint of an adaptation; val: the unadapted model's scores."""
+    with tempfile.TemporaryDirectory() as folder:
+        best = keep_best(adapt(sam, domain, config, direct=val), Path(folder))
+        return AdaptedSam.load(sam, Path(folder)), best

@@ -69,6 +69,36 @@ def test_a_sheet_shows_a_domain_with_its_weak_labels(coco_folder: Path, tmp_path
     assert white < 0.6
 
 
+def test_a_model_is_scored_with_several_kinds_of_prompts(coco_folder: Path, tmp_path: Path) -> None:
+    result = tmp_path / "r.json"
+    common = ["evaluate", "--domain", str(coco_folder), "--json", str(result)]
+    assert main([*common, "--prompt", "box,point,coarse"]) == 0
+    rows = json.loads(result.read_text())
+    assert [r["prompt"] for r in rows] == ["box", "point", "coarse"]
+    for row in rows:
+        assert main([*common, "--prompt", row["prompt"]]) == 0
+        assert json.loads(result.read_text()) == row
+
+
+def test_weak_labels_are_crossed(coco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = tmp_path / "r.json"
+    common = ["--domain", str(coco_folder), "--json", str(result)]
+    few = ["--steps", "2", "--set", "eval_every=1", "--set", "optim.batch_size=2"]
+    assert main(["cross", *common, *few, "--prompts", "box,point,grid", "--seeds", "2", "--set", "optim.lr=0.01"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-5].split() == ["trained_with", "box", "box_sd", "point", "point_sd"]
+    assert [line.split()[0] for line in printed[-4:]] == ["Direct", "box", "point", "grid"]
+    rows = json.loads(result.read_text())
+    assert [r["trained_with"] for r in rows] == [None, "box", "point", "grid"]
+    for row in rows[1:]:
+        for kind in ("box", "point"):
+            assert len(row[f"{kind}_all"]) == 2
+            assert row[kind] == pytest.approx(sum(row[f"{kind}_all"]) / 2)
+    assert main(["evaluate", *common, "--prompt", "box,point"]) == 0
+    direct = json.loads(result.read_text())
+    assert [r["miou"] for r in direct] == [rows[0]["box"], rows[0]["point"]]
+
+
 def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
     command = ["evaluate", "--domain", str(coco_folder), "--json", str(tmp_path / "r.json")]
     assert main([*command, "--baseline", "box"]) == 0
@@ -83,6 +113,10 @@ def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
         ("evaluate --domain clean --model nan", "did you mean 'nano'"),
         ("evaluate --domain clean --adapter no/where", "no adapter in no/where"),
         ("evaluate --domain clean --prompt boxes", "did you mean 'box'"),
+        ("evaluate --domain clean --prompt box,pint", "did you mean 'point'"),
+        ("evaluate --domain clean --prompt box,point --baseline box", "leave the other kinds"),
+        ("cross --domain clean --seeds 0", "--seeds must be at least 1"),
+        ("cross --domain clean --set prompt=box", "prompt is not a hyperparameter here"),
         ("evaluate --domain clean --prompt box --splitt test", "unrecognized arguments"),
         ("adapt --domain clean --out {tmp}/a --set lora.rnk=3", "did you mean 'lora.rank'"),
         ("evaluate --domain clean --prompt grid", "grid is no label of a person's"),
