@@ -177,6 +177,13 @@ def test_published_data_sets_are_read_as_they_are_unpacked(
     assert load_domain(f"{name}+fog:2").name == f"{name}+fog2"
 
 
+def test_the_readme_says_where_each_is_got_and_on_what_terms() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for data_set in PUBLISHED.values():
+        (row,) = [line for line in readme.splitlines() if line.startswith(f"| `{data_set.name}` |")]
+        assert all(text in row for text in (data_set.title, data_set.url, data_set.layout, data_set.terms))
+
+
 def test_a_table_of_ocid_is_no_object(tmp_path: Path) -> None:
     ocid(tmp_path)
     domain = load_domain(str(tmp_path / "OCID-dataset"))

@@ -12,7 +12,7 @@ from wesam.evaluate import overlap
 from wesam.prompts import POINTS, VERTICES, Prompts, tight_boxes, weak_labels
 from wesam.views import flip
 
-KINDS: tuple[PromptKind, ...] = ("box", "point", "coarse")
+KINDS: tuple[PromptKind, ...] = ("box", "point", "coarse", "coarse-box", "point1", "point10")
 
 
 def tensors(p: Prompts) -> list[torch.Tensor]:
@@ -25,7 +25,7 @@ def test_tight_boxes_by_hand() -> None:
     assert tight_boxes(masks).tolist() == [[3, 2, 9, 5], [0, 0, 0, 0]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["box", "point", "coarse"])
 def test_labels_are_the_same_in_every_process(kind: PromptKind) -> None:
     code = (
         "from wesam.data import load_domain; from wesam.prompts import weak_labels\n"
@@ -74,10 +74,18 @@ def test_flipped_labels_are_labels_of_the_flipped_image(kind: PromptKind, flips:
     if kind == "box":
         assert there.boxes is not None
         assert torch.equal(there.boxes, tight_boxes(flip(sample.masks, *flips)))
-    elif kind == "point":
+    elif kind == "coarse-box":
+        assert there.boxes is not None
+        inner = tight_boxes(flip(sample.masks, *flips))
+        assert (there.boxes[:, :2] >= inner[:, :2]).all(), (
+            "a polygon of the outline's corners is no larger than the mask"
+        )
+        assert (there.boxes[:, 2:] <= inner[:, 2:]).all()
+    elif kind.startswith("point"):
+        count = int(kind.removeprefix("point") or POINTS)
         assert there.points is not None
         for mask, points in zip(flip(sample.masks, *flips), there.points.floor().long(), strict=True):
-            assert mask[points[:, 1], points[:, 0]].tolist() == [True] * POINTS + [False] * POINTS
+            assert mask[points[:, 1], points[:, 0]].tolist() == [True] * count + [False] * count
     else:
         mirrored = flip(prompts.mask_input(192, 1.0), *flips) > 0
         agreement = overlap(there.mask_input(192, 1.0)[:, 0] > 0, mirrored[:, 0])[0]

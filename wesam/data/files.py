@@ -86,8 +86,9 @@ class Folder:
     @cached_property
     def sizes(self) -> dict[str, int]:
         """All files of a distant folder with their sizes in bytes."""
+        system, base = self.system, self._base
         try:
-            found = self.system.find(self._base, detail=True)
+            found = system.find(base, detail=True)
         except Exception as e:  # each kind of storage has errors of its own
             raise InputError(f"cannot read {self.place}: {_reason(e)}") from None
         start = len(self._base.rstrip("/")) + 1
