@@ -67,7 +67,8 @@ def cross(
     *,
     watch: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """Test mIoU with each kind of prompt of the unadapted model, and of the best checkpoint of each kind trained on.
+    """Test scores (mIoU; without masks, agreement) with each kind of prompt, of the unadapted model and of the best
+    checkpoint of each kind trained on.
 
     configs: by the kind of prompt that they train on. A row for Direct and one for each of these, with the mean over
     the seeds by the kind that test is prompted with (a grid is none), its standard deviation as ``KIND_sd`` and the
@@ -79,9 +80,11 @@ def cross(
         domain.check(config)
     asked: list[PromptKind] = list(dict.fromkeys(c.scored_with for c in configs.values()))
     crop = next(iter(configs.values())).crop
-    direct: dict[str, Any] = {k: evaluate(sam, test, k, crop=crop).objective for k in asked}
-    rows: list[dict[str, Any]] = [{"trained_with": None, **direct}]
-    watch("direct: test " + _said(direct, asked))
+    scores = {k: evaluate(sam, test, k, crop=crop) for k in asked}
+    direct: dict[str, Any] = {k: s.objective for k, s in scores.items()}
+    score = scores[asked[0]].chosen_by
+    rows: list[dict[str, Any]] = [{"trained_with": None, "score": score, **direct}]
+    watch(f"direct: test {score} " + _said(direct, asked))
     for trained, config in configs.items():
         val = evaluate(sam, domain.split("val"), config.scored_with, crop=crop)
         found: dict[PromptKind, list[float]] = {k: [] for k in asked}
@@ -91,7 +94,7 @@ def cross(
                 found[kind].append(evaluate(model, test, kind).objective)
             said = _said({str(k): v[-1] for k, v in found.items()}, asked)
             watch(f"trained with {trained}, seed {seed}: test {said} (best at step {best.step})")
-        row: dict[str, Any] = {"trained_with": trained}
+        row: dict[str, Any] = {"trained_with": trained, "score": score}
         for name, values in found.items():
             row[name] = statistics.mean(values)
             row[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else 0.0

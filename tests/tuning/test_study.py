@@ -90,7 +90,7 @@ def test_when_every_trial_fails_the_domain_has_failed_and_changed_data_are_not_g
 ) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(small, broken)
-    for file in broken.glob("train-*.png"):  # they end early, which only reading them tells
+    for file in sorted(broken.glob("train-*.png"))[1:]:  # they end early, which only reading them tells
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     plan = make_plan({"name": "s", "domains": [str(broken)], "trials": 2, "storage": str(tmp_path / "runs")}, [])
     (row,) = new_study(plan, tracker)["domains"]

@@ -86,7 +86,7 @@ def test_weak_labels_are_crossed(coco_folder: Path, tmp_path: Path, capsys: pyte
     few = ["--steps", "2", "--set", "eval_every=1", "--set", "optim.batch_size=2"]
     assert main(["cross", *common, *few, "--prompts", "box,point,grid", "--seeds", "2", "--set", "optim.lr=0.01"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[-5].split() == ["trained_with", "box", "box_sd", "point", "point_sd"]
+    assert printed[-5].split() == ["trained_with", "score", "box", "box_sd", "point", "point_sd"]
     assert [line.split()[0] for line in printed[-4:]] == ["Direct", "box", "point", "grid"]
     rows = json.loads(result.read_text())
     assert [r["trained_with"] for r in rows] == [None, "box", "point", "grid"]

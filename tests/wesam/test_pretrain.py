@@ -21,6 +21,7 @@ from wesam.pretrain.cli import main
 from wesam.pretrain.losses import Affinity, all_masks_loss, mask_loss
 from wesam.pretrain.train import Options, Schedule, Trainer, resized
 from wesam.prompts import tight_boxes
+from wesam.sam import load_sam
 from wesam.sam.nano import Shape, build_nano
 
 CPU = torch.device("cpu")
@@ -51,6 +52,14 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(tmp_path: Path, monkeypa
     assert scores[0] == scores[1]
     assert len(scores[0]) == 3
     build_nano(TINY).load_state_dict(one)
+
+    model = load_sam(str(whole / "nano.safetensors"))
+    assert (model.image_encoder.img_size, model.image_encoder.blocks[0].window_size) == (64, 4)
+    assert all(torch.equal(v, one[k].float()) for k, v in model.state_dict().items())
+    for wrong in ('{"side": 64}', '{"whole": [1], "wide": 3}', '{"whole": [1], "patch": 0}', "[]", "{"):
+        save_file(one, tmp_path / "wrong.safetensors", {"shape": wrong})
+        with pytest.raises(InputError, match=r"what shape its model has|does not hold the weights"):
+            load_sam(str(tmp_path / "wrong.safetensors"))
 
 
 def test_a_run_begins_with_weights_of_a_smaller_input(tmp_path: Path) -> None:

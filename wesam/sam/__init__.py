@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ from torch import Tensor
 from wesam.errors import InputError, unknown
 from wesam.sam import checkpoints
 from wesam.sam.attention import fuse
-from wesam.sam.nano import build_nano
+from wesam.sam.nano import SHAPE, Shape, build_nano
 from wesam.sam.tiny import build_tiny, from_mobile_sam
 
 
@@ -105,8 +106,9 @@ def load_sam(model: str = "nano") -> Sam:
             f"wesam fetch {model} replaces it; if it is yours, give its path as the model, under another name"
         )
     state = from_mobile_sam(checkpoints.read_weights(path))
-    name = model if entry else _identify(state, path)
-    sam = REGISTRY[name].build()
+    shape = None if entry else _own_shape(path)
+    name = model if entry else "nano" if shape else _identify(state, path)
+    sam = build_nano(shape) if shape else REGISTRY[name].build()
     _check(state, sam, name, path)
     sam.load_state_dict(state)
     # where PEFT looks for it: adapters remember for which weights they are made
@@ -144,6 +146,20 @@ def _find(model: str) -> tuple[Entry | None, Path]:
     if path.suffix or len(path.parts) > 1:
         raise InputError(f"no weights file {model}")
     raise unknown("model", model, REGISTRY)
+
+
+def _own_shape(path: Path) -> Shape | None:
+    """The shape of a nano that ``wesam.pretrain`` trained, as its file says."""
+    said = checkpoints.read_metadata(path).get(SHAPE)
+    if said is None:
+        return None
+    try:
+        given = json.loads(said)
+        shape = Shape(**{**given, "whole": tuple(given["whole"])})
+        build_nano(shape)
+        return shape
+    except (ValueError, TypeError, KeyError, ArithmeticError, AssertionError, RuntimeError):
+        raise InputError(f"{path} does not say in its metadata what shape its model has: {said[:80]}") from None
 
 
 def _shapes(state: dict[str, Tensor]) -> dict[str, torch.Size]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
@@ -59,6 +59,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path} holds something else than tensors by name")
     return {str(k).removeprefix("module."): v.float() for k, v in state.items()}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file that can be read says of itself; nothing for other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
 
 
 def fetch(url: str, path: Path, digest: str) -> None:

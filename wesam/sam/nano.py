@@ -8,6 +8,9 @@ from functools import partial
 import torch
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
+SHAPE = "shape"
+"""Under this name a weights file says, as JSON, what shape its model has, if another than the default."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
