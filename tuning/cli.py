@@ -185,7 +185,9 @@ def _best(args: argparse.Namespace) -> None:
 
 def _entry(entry: Any) -> dict[str, Any]:
     t = entry.tags
-    scores = {k: float(t[k]) if k in t else None for k in ("val_miou", "test_miou", "direct_test_miou")}
+    score = t.get("score", "miou")
+    names = {k: f"{k}_{score}" for k in ("val", "test", "direct_test")}
+    scores = {"score": score, **{k: float(t[name]) if name in t else None for k, name in names.items()}}
     return {
         "domain": entry.domain,
         "version": entry.version,

@@ -222,13 +222,13 @@ def _domains(args: argparse.Namespace) -> None:
         counts = {s: len(domain.split(s)) for s in SPLITS}
         rows.append({"domain": name, **counts, "note": f"generated: {note}", "terms": "Apache-2.0", "url": None})
     for p in PUBLISHED.values():
-        rows.append({"domain": p.name, **dict.fromkeys(SPLITS), "note": p.layout, "terms": p.terms, "url": p.url})
+        rows.append({"domain": p.name, **dict.fromkeys(SPLITS), "note": p.title, "terms": p.terms, "url": p.url})
     for row in rows[len(NOTES) :]:
         with suppress(InputError):  # it is not here
             domain = load_domain(located(row["domain"], args.data))
             row |= {s: len(domain.split(s)) for s in SPLITS}
-    print(table([{k: v for k, v in r.items() if k not in ("url", "terms")} for r in rows]))
-    print("published data sets are read from --data ROOT as unpacked; README.md says where each is got and its terms")
+    print(table([{k: v for k, v in r.items() if k != "url"} for r in rows]))
+    print("images of train, val and test; published data sets are looked for under --data ROOT or $WESAM_DATA")
     write_json(args.json, rows)
 
 

@@ -12,7 +12,7 @@ import pytest
 from pycocotools import mask as rle
 
 from tuning import registry, report, tracking
-from tuning.cli import summary
+from tuning.cli import main, summary
 from tuning.plan import Plan, make_plan
 from tuning.study import new_study, resume_study
 from tuning.tracking import Tracker
@@ -145,5 +145,8 @@ def test_a_study_where_only_boxes_are_known(small: Path, tmp_path: Path, tracker
     assert row["val"]["best"] > row["val"]["direct"]
     entry, _ = registry.fetch(tracker, "boxes", tmp_path / "adapter")
     assert float(entry.tags["test_agreement"]) == pytest.approx(row["best"], abs=1e-4)
+    assert main(["best", "--tracking-uri", tracker.uri, "--json", str(tmp_path / "best.json")]) == 0
+    (listed,) = json.loads((tmp_path / "best.json").read_text())
+    assert (listed["score"], listed["test"]) == ("agreement", pytest.approx(row["best"], abs=1e-4))
     report.write(report.collect(tracker, "s"), tmp_path / "report")
     assert "agreement" in (tmp_path / "report" / report.TABLE).read_text()
