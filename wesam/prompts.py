@@ -144,8 +144,8 @@ class Prompts:
 def weak_labels(masks: Tensor, kind: PromptKind, key: str) -> Prompts:
     """The weak labels that a person would have given once for these instances.
 
-    masks: bool [N, H, W], each with at least one pixel. key: names the image; the same key and masks give the same
-    labels in every epoch, process and run. Returns prompts in the frame of the masks.
+    masks: bool [N, H, W], each with at least one pixel. key: names the image; the same key and mask give the same label
+    in every epoch, process and run, whatever other instances there are. Returns prompts in the frame of the masks.
     """
     if kind == "box":
         return Prompts(boxes=tight_boxes(masks))
@@ -153,9 +153,7 @@ def weak_labels(masks: Tensor, kind: PromptKind, key: str) -> Prompts:
         polygons = Prompts(polygons=tuple(_polygon(m.numpy()) for m in masks))
         return polygons if kind == "coarse" else Prompts(boxes=polygons.extents())
     count = int(kind.removeprefix("point") or POINTS)
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
-    rng = np.random.default_rng(seed)
-    points = [_clicks(rng, m.numpy(), count, count) for m in masks]
+    points = [_clicks(_rng(key, m), m, count, count) for m in masks.numpy()]
     labels = torch.tensor([1] * count + [0] * count).expand(len(masks), -1)
     return Prompts(points=torch.from_numpy(np.stack(points)), point_labels=labels)
 
@@ -183,6 +181,12 @@ def _extent(line: Tensor) -> Tensor:
     first = line.int().argmax(1)
     last = n - line.flip(1).int().argmax(1)
     return torch.stack([first, last], 1).float() * line.any(1, keepdim=True)
+
+
+def _rng(key: str, mask: np.ndarray) -> np.random.Generator:
+    """The generator of an instance of the image that ``key`` names."""
+    digest = hashlib.sha256(key.encode() + np.packbits(mask).tobytes()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "big"))
 
 
 def _clicks(rng: np.random.Generator, mask: np.ndarray, inside: int, outside: int) -> np.ndarray:

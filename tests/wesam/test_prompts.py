@@ -95,6 +95,19 @@ def test_flipped_labels_are_labels_of_the_flipped_image(kind: PromptKind, flips:
         assert torch.allclose(a.float(), b.float(), atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_label_depends_on_no_other_instance(kind: PromptKind) -> None:
+    sample = load_domain("clean").split("val")[0]
+    order = torch.tensor([2, 0])
+    whole, some = (weak_labels(m, kind, sample.key) for m in (sample.masks, sample.masks[order]))
+    for a, b in zip(tensors(whole[order]), tensors(some), strict=True):
+        assert torch.equal(a, b)
+    other = weak_labels(sample.masks, kind, "another image")
+    assert kind.startswith("point") != all(
+        torch.equal(a, b) for a, b in zip(tensors(whole), tensors(other), strict=True)
+    )
+
+
 def test_prompts_of_two_kinds_are_refused() -> None:
     with pytest.raises(ValueError, match="exactly one kind"):
         Prompts(boxes=torch.zeros(1, 4), points=torch.zeros(1, 2, 2), point_labels=torch.zeros(1, 2))
