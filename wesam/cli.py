@@ -1,4 +1,5 @@
-"""The command ``wesam``: models, fetch, domains, check, show, evaluate, adapt, compare, cross, bench, predict."""
+"""The command ``wesam``: models, fetch, domains, check, show, evaluate, adapt, compare, cross, bench, predict,
+export."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ from wesam.memory import reckon
 from wesam.methods import METHODS, checked_method
 from wesam.overlay import contact_sheet, overlay
 from wesam.prompts import Prompts
-from wesam.sam import REGISTRY, describe, fetch_model, load_sam, model_names, random_sam
+from wesam.sam import REGISTRY, describe, fetch_model, load_sam, model_names, random_sam, write_weights
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -196,6 +197,14 @@ def _parser() -> Parser:
     p.add_argument("--out", type=Path, required=True, metavar="MASK.png", help="the mask: 255 inside, 0 outside")
     p.add_argument("--overlay", type=Path, metavar="PICTURE.png", help="the mask drawn over the image")
     result(p)
+    text = "Write a model with an adapter's matrices added to its weights: a plain SAM, as fast as without the adapter."
+    p = command("export", _export, text)
+    model(p)
+    p.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="the adapter")
+    p.add_argument(
+        "--merge", type=Path, required=True, metavar="FILE",
+        help="the weights: .pth, as segment_anything's registry loads them, or .safetensors",
+    )  # fmt: skip
     return parser
 
 
@@ -465,6 +474,14 @@ def _predict(args: argparse.Namespace) -> None:
     row = {"mask": str(args.out), "pixels": int(masks[0].sum()), "predicted_iou": round(float(iou[0]), 3)}
     print(table([row]))
     write_json(args.json, row)
+
+
+def _export(args: argparse.Namespace) -> None:
+    model = AdaptedSam.load(load_sam(args.model), args.adapter)
+    write_weights(model.merged(), args.merge)
+    print(f"{args.merge} holds {args.model} with {args.adapter} in its weights")
+    if model.crop:
+        print(f"the adapter was made with --crop {model.crop:g}, which the file does not say: give it to every command")
 
 
 def _model(args: argparse.Namespace) -> Sam | AdaptedSam:

@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 
 from wesam.adapters import AdaptedSam
@@ -14,6 +15,7 @@ from wesam.config import LoraConfig, Targets
 from wesam.data import load_domain
 from wesam.errors import InputError
 from wesam.prompts import weak_labels
+from wesam.sam import load_sam, random_sam, write_weights
 from wesam.sam.promptable import decode, encode
 
 
@@ -50,6 +52,30 @@ def test_merged_equals_unmerged(sam: Sam, targets: Targets) -> None:
     model = shaken(AdaptedSam(sam, LoraConfig(rank=8, alpha_ratio=2.0, targets=targets)))
     assert not torch.allclose(logits(model.sam), logits(sam), atol=1e-2)
     assert torch.allclose(logits(model.merged()), logits(model.sam), atol=1e-3)
+
+
+@pytest.mark.slow
+def test_merged_weights_are_loaded_by_segment_anything_itself(tmp_path: Path) -> None:
+    model = shaken(AdaptedSam(random_sam("vit_b"), LoraConfig()))
+    merged = model.merged()
+    write_weights(merged, tmp_path / "merged.pth")
+    theirs = sam_model_registry["vit_b"](checkpoint=str(tmp_path / "merged.pth")).eval()
+    image = load_domain("clean").split("val")[0].image
+    view = torch.nn.functional.interpolate(image[None].float(), (1024, 1024), mode="bilinear")[0]
+    with torch.no_grad():
+        ours, original = (m.image_encoder(m.preprocess(view)[None]) for m in (model.sam, theirs))
+    assert torch.allclose(ours, original, atol=1e-3)
+    assert not torch.allclose(ours, model.anchor.image_encoder(model.anchor.preprocess(view)[None]), atol=1e-2)
+
+
+def test_weights_are_written_in_two_forms(sam: Sam, tmp_path: Path) -> None:
+    for name in ("w.pth", "w.safetensors"):
+        write_weights(sam, tmp_path / name)
+        assert torch.equal(logits(load_sam(str(tmp_path / name))), logits(sam))
+    with pytest.raises(InputError, match=r"as \.pth or \.safetensors"):
+        write_weights(sam, tmp_path / "w.bin")
+    with pytest.raises(InputError, match="cannot write"):
+        write_weights(sam, tmp_path / "none" / "w.pth")
 
 
 def test_one_base_in_memory(sam: Sam) -> None:

@@ -59,6 +59,21 @@ def test_adapt_evaluate_and_predict_in_a_row(coco_folder: Path, tmp_path: Path) 
         assert Image.open(picture).size == (90, 60)
 
 
+@pytest.mark.parametrize("ending", ["pth", "safetensors"])
+def test_an_adapter_is_merged_into_plain_weights(coco_folder: Path, tmp_path: Path, ending: str) -> None:
+    adapter, weights, result = tmp_path / "adapter", tmp_path / f"merged.{ending}", tmp_path / "r.json"
+    common = ["--domain", str(coco_folder), "--json", str(result)]
+    few = ["--steps", "2", "--set", "eval_every=2", "--set", "optim.lr=0.01", "--set", "optim.warmup_steps=0"]
+    assert main(["adapt", *common, "--method", "supervised", "--out", str(adapter), *few]) == 0
+    assert main(["export", "--adapter", str(adapter), "--merge", str(weights)]) == 0
+    scores = []
+    for model in (["--adapter", str(adapter)], ["--model", str(weights)], []):
+        assert main(["evaluate", *common, *model]) == 0
+        scores.append(json.loads(result.read_text())["miou"])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)
+    assert abs(scores[0] - scores[2]) > 0.002, "the adapter changes something"
+
+
 @pytest.mark.parametrize("prompt", ["box", "point", "coarse"])
 def test_a_sheet_shows_a_domain_with_its_weak_labels(coco_folder: Path, tmp_path: Path, prompt: str) -> None:
     out = tmp_path / "sheet.png"
@@ -115,6 +130,7 @@ def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
         ("evaluate --domain clean --prompt boxes", "did you mean 'box'"),
         ("evaluate --domain clean --prompt box,pint", "did you mean 'point'"),
         ("evaluate --domain clean --prompt box,point --baseline box", "leave the other kinds"),
+        ("export --adapter no/where --merge {tmp}/w.pth", "no adapter in no/where"),
         ("cross --domain clean --seeds 0", "--seeds must be at least 1"),
         ("cross --domain clean --set prompt=box", "prompt is not a hyperparameter here"),
         ("evaluate --domain clean --prompt box --splitt test", "unrecognized arguments"),

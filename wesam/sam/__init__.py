@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from torch import Tensor
@@ -17,7 +20,7 @@ from torch import Tensor
 from wesam.errors import InputError, unknown
 from wesam.sam import checkpoints
 from wesam.sam.attention import fuse
-from wesam.sam.nano import SHAPE, Shape, build_nano
+from wesam.sam.nano import SHAPE, Shape, build_nano, shape_of
 from wesam.sam.tiny import build_tiny, from_mobile_sam
 
 
@@ -114,6 +117,25 @@ def load_sam(model: str = "nano") -> Sam:
     # where PEFT looks for it: adapters remember for which weights they are made
     sam.name_or_path = name if digest == REGISTRY[name].sha256 else f"{name}-{digest[:12]}"
     return sam.eval().requires_grad_(False)
+
+
+def write_weights(sam: Sam, path: Path) -> None:
+    """Writes the weights of a plain SAM, so that :func:`load_sam` reads them again by this path.
+
+    path: ``.pth``, which segment_anything's own registry loads too where the model is one of its, or ``.safetensors``.
+    Raises InputError for another ending and for a file that cannot be written.
+    """
+    state = {k: v.detach().cpu().contiguous() for k, v in sam.state_dict().items()}
+    try:
+        if path.suffix == ".pth":
+            torch.save(state, path)
+        elif path.suffix == ".safetensors":
+            nano = str(getattr(sam, "name_or_path", "")).partition("-")[0] == "nano"
+            save_file(state, path, {SHAPE: json.dumps(dataclasses.asdict(shape_of(sam)))} if nano else None)
+        else:
+            raise InputError(f"cannot write {path}: weights are written as .pth or .safetensors")
+    except (OSError, RuntimeError, SafetensorError) as e:
+        raise InputError(f"cannot write {path}: {str(e).splitlines()[0]}") from None
 
 
 def random_sam(name: str, seed: int = 0) -> Sam:

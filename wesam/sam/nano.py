@@ -34,6 +34,17 @@ class Shape:
     """Channels of the embedding and of the decoder."""
 
 
+def shape_of(sam: Sam) -> Shape:
+    """The shape of a model that :func:`build_nano` made."""
+    encoder = sam.image_encoder
+    windows = [b.window_size for b in encoder.blocks]
+    return Shape(
+        side=encoder.img_size, patch=encoder.patch_embed.proj.kernel_size[0], width=encoder.pos_embed.shape[-1],
+        depth=len(windows), heads=encoder.blocks[0].attn.num_heads, window=max(windows),
+        whole=tuple(i for i, w in enumerate(windows) if w == 0), channels=sam.prompt_encoder.embed_dim,
+    )  # fmt: skip
+
+
 def build_nano(shape: Shape | None = None) -> Sam:
     """A SAM with random weights; with the default shape 192 px input, 24 x 24 embedding, masks of 96 x 96."""
     s = shape or Shape()
