@@ -26,6 +26,7 @@ from wesam.compare import compare, cross
 from wesam.config import PRESETS, Config, PromptKind, method_preset, preset
 from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, guarded, json_file, table, write_json
 from wesam.data import NOTES, PUBLISHED, SPLITS, Domain, Split, load_domain, located
+from wesam.data.domain import Unusable
 from wesam.data.images import read_image
 from wesam.errors import InputError
 from wesam.evaluate import baseline, evaluate, predict
@@ -244,14 +245,17 @@ def _domains(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> int:
     fatal: list[str] = []
     rows: list[dict[str, Any]] = []
-    left_out: tuple[str, ...] = ()
+    domain: Domain | None = None
     try:
         domain = load_domain(located(args.domain, args.data))
     except InputError as e:
         fatal = str(e).splitlines()
-    else:
-        left_out = domain.left_out
+        domain = e.rest if isinstance(e, Unusable) else None
+    left_out = domain.left_out if domain else ()
+    if domain:
         for name in SPLITS:
+            if name not in domain.splits:
+                continue
             split, instances = domain.split(name), 0
             for i in range(len(split)):
                 _line(f"reading {name} {i + 1}/{len(split)}")

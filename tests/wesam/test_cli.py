@@ -114,6 +114,22 @@ def test_weak_labels_are_crossed(coco_folder: Path, tmp_path: Path, capsys: pyte
     assert [r["miou"] for r in direct] == [rows[0]["box"], rows[0]["point"]]
 
 
+def test_check_lists_all_faults_of_listings_and_of_images(
+    coco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = (coco_folder / "images" / "train-0.png").read_bytes()
+    (coco_folder / "images" / "train-0.png").write_bytes(whole[: len(whole) // 2])
+    (coco_folder / "images" / "val-1.png").unlink()
+    assert main(["check", str(coco_folder), "--json", str(tmp_path / "r.json")]) == 1
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert len(report["errors"]) == 2
+    assert "has no image images/val-1.png" in report["errors"][0]
+    assert "train-0.png" in report["errors"][1]
+    assert [s["images"] for s in report["splits"]] == [3, 1, 2]
+    assert main(["evaluate", "--domain", str(coco_folder)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
     command = ["evaluate", "--domain", str(coco_folder), "--json", str(tmp_path / "r.json")]
     assert main([*command, "--baseline", "box"]) == 0

@@ -139,3 +139,12 @@ class Domain:
         if config.prompt != "grid":
             self.split("train")[0].weak_labels(config.prompt)
         self.split("val")[0].weak_labels(config.scored_with)
+
+
+class Unusable(InputError):
+    """A domain that has faults, a line for each."""
+
+    def __init__(self, faults: Sequence[str], rest: Domain) -> None:
+        super().__init__("\n".join(faults))
+        self.rest = rest
+        """What is left without the images that are known to be at fault; a split may be empty."""

@@ -130,7 +130,7 @@ def _one_listing(folder: Folder, name: str, cut: Cut | None) -> Domain:
     digest, found = hashlib.sha256(), Findings()
     cut = cut or Cut()
     entries = listed(folder, name, "", digest, found)
-    if entries is None or found.fatal:
+    if entries is None or (found.fatal and len(entries) < len(SPLITS)):
         raise InputError("\n".join(found.fatal))
     digest.update(f"{cut}".encode())
     note = f"COCO instances in {folder.path(name)}, cut at random by seed {cut.seed}"
@@ -147,7 +147,7 @@ def _label_images(folder: Folder, found: Mapping[str, Sequence[Pair]], cut: Cut 
     if len(found) == 1:
         cut = cut or Cut()
         (only,) = entries.values()
-        if not findings.fatal:
+        if not findings.fatal or len(only) >= len(SPLITS):
             entries = cut(only)
         note += f", cut at random by seed {cut.seed}"
     return domain(folder, entries, findings, digest_of(folder, entries), note)

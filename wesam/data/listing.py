@@ -12,7 +12,7 @@ from pycocotools import mask as rle
 from torch import Tensor
 
 from wesam.config import PromptKind
-from wesam.data.domain import Domain, Sample, Split
+from wesam.data.domain import Domain, Sample, Split, Unusable
 from wesam.data.files import Folder
 from wesam.data.images import may_have_size, read_image
 from wesam.data.segmentations import unpacked
@@ -66,26 +66,30 @@ def domain(
 ) -> Domain:  # fmt: skip
     """The domain of these images.
 
-    name: the folder's where none is given. keyed_by_split: the same file may be in several splits. Raises InputError
+    name: the folder's where none is given. keyed_by_split: the same file may be in several splits. Raises Unusable
     with a line for each thing that is fatal.
     """
     name = name or folder.name
+    wrong = set()
     for entry in {(e.name, e.size): e for part in entries.values() for e in part}.values():
         if problem := _unusable(folder, entry):
             found.fatal.append(problem)
+            wrong.add(entry.name)
     for split, part in entries.items():
         if not part and not found.fatal:
             found.fatal.append(f"{folder.place}: no image with an instance is left for {split}")
-    if found.fatal:
-        raise InputError("\n".join(found.fatal))
     splits = {}
-    for split, part in entries.items():
+    for split, whole in entries.items():
+        part = [e for e in whole if e.name not in wrong]
         prefix = f"{name}/{split}" if keyed_by_split else name
         splits[split] = Split(
             len(part), lambda n, part=part, prefix=prefix: _sample(folder, part[n], f"{prefix}/{part[n].name}"),  # type: ignore[misc]
             small=lambda side, part=part: sum(_vanishing(e, side) for e in part),  # type: ignore[misc]
         )  # fmt: skip
-    return Domain(name, splits, digest, note, tuple(found.left_out))
+    made = Domain(name, splits, digest, note, tuple(found.left_out))
+    if found.fatal:
+        raise Unusable(found.fatal, made)
+    return made
 
 
 def _unusable(folder: Folder, entry: Entry) -> str | None:
