@@ -45,7 +45,7 @@ class DomainSearch(threading.Thread):
     def __init__(self, context: Context, given: str, name: str, before: Stored | None) -> None:
         super().__init__(name=name, daemon=True)
         self._c, self._given, self._before = context, given, before
-        self._task = judge.Task(context.plan.model, given, context.plan.base.scored_with, context.plan.base.crop)
+        self._task = judge.Task(context.plan.model, given, context.plan.base)
         domain = load_domain(given)
         self._tags = {
             **study_tags(context.plan), "domain": given, "data": domain.digest,
@@ -80,8 +80,6 @@ class DomainSearch(threading.Thread):
     def _row(self, run: Run) -> Row:
         known = self._known_references()
         found, vanished = (known, 0) if known else judge.references(self._task)
-        if self._c.plan.base.prompt == "grid":
-            vanished = 0
         if not known:
             run.log({f"{k}_{f}": v for k, s in found.items() for f, v in asdict(s).items() if v is not None})
             run.log({"instances_vanished": vanished})

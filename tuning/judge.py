@@ -14,7 +14,7 @@ import ray
 from tuning.runtime import worker_resources
 from tuning.trainer import source_model
 from wesam import AdaptedSam, Scores, baseline, evaluate, load_domain, overlay, predict
-from wesam.config import PromptKind
+from wesam.config import Config
 from wesam.overlay import sheet
 
 Files = dict[str, bytes]
@@ -30,8 +30,8 @@ class Task:
 
     model: str
     domain: str
-    prompt: PromptKind
-    crop: float
+    base: Config
+    """What all its trials share: kind of prompt, crop."""
 
 
 def references(task: Task) -> tuple[dict[str, Scores], int]:
@@ -68,15 +68,15 @@ def _references(task: Task) -> tuple[dict[str, Scores], int]:
     for split in ("val", "test"):
         if domain.split(split)[0].has_masks:
             found[f"ellipse_{split}"] = baseline("ellipse", domain.split(split))
-        found[f"direct_{split}"] = evaluate(sam, domain.split(split), task.prompt, crop=task.crop)
-    return found, 0 if task.crop else domain.split("train").small(sam.image_encoder.img_size)
+        found[f"direct_{split}"] = evaluate(sam, domain.split(split), task.base.scored_with, crop=task.base.crop)
+    return found, domain.vanished(task.base, sam.image_encoder.img_size)
 
 
 def _judged(task: Task, adapters: dict[str, Files]) -> dict[str, Scores]:
     sam, test = source_model(task.model), load_domain(task.domain).split("test")
     with tempfile.TemporaryDirectory() as folder:
         return {
-            name: evaluate(AdaptedSam.load(sam, _unpack(files, Path(folder) / name)), test, task.prompt)
+            name: evaluate(AdaptedSam.load(sam, _unpack(files, Path(folder) / name)), test, task.base.scored_with)
             for name, files in adapters.items()
         }
 
@@ -90,9 +90,11 @@ def _picture(task: Task, adapter: Files | None) -> bytes:
         rows = []
         for i in range(min(SHOWN, len(test))):
             sample = test[i]
-            given = sample.weak_labels(task.prompt)
+            given = sample.weak_labels(task.base.scored_with)
             row = [overlay(sample.image, sample.known_masks(), given)]
-            row += [overlay(sample.image, predict(m, sample.image, given, crop=task.crop)[0]) for m in models.values()]
+            row += [
+                overlay(sample.image, predict(m, sample.image, given, crop=task.base.crop)[0]) for m in models.values()
+            ]
             rows.append(row)
     out = io.BytesIO()
     sheet(rows, ["truth and prompts", *models]).save(out, "PNG")

@@ -73,8 +73,7 @@ def adapt(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if config.optim.batch_size < world:
         raise InputError(f"optim.batch_size {config.optim.batch_size} is less than the {world} workers that share it")
-    method = checked_method(config)
-    domain.check(config)
+    method = checked(domain, config)
     decay = config.teacher.decay
     model = AdaptedSam(sam, config.lora, teacher=decay > 0, seed=config.seed, crop=config.crop, compute=config.compute)
     parameters = model.trainable()
@@ -104,6 +103,13 @@ def adapt(
         last = step + 1 == config.steps
         found = scores() if last or (step + 1) % config.eval_every == 0 else None
         yield Report(step + 1, config.steps, named, seconds, waited, found, model, optimizer)
+
+
+def checked(domain: Domain, config: Config) -> Method:
+    """The method of this configuration; raises InputError if it, or the domain's labels, do not fit its prompts."""
+    method = checked_method(config)
+    domain.check(config)
+    return method
 
 
 def train(

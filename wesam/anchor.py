@@ -28,15 +28,12 @@ from wesam.grid import grid_prompts
 from wesam.losses import pooled
 from wesam.prompts import Prompts
 from wesam.sam.checkpoints import home
-from wesam.sam.promptable import decode, encode, resize
+from wesam.sam.promptable import CHUNK, decode, encode, resize
 from wesam.store import Store
 from wesam.views import flip
 
 FORMAT = 1
 """Changes whenever the same inputs give other answers, or they are kept in another form."""
-
-CHUNK = 64
-"""Prompts decoded at once."""
 
 Flips = tuple[bool, bool]
 """Horizontally, vertically."""
@@ -129,7 +126,7 @@ class Anchor:
         if place not in self._prepared:
             index, around = place
             sample, (used, prompts) = self._split[index], self._given(index)
-            image, masks = sample.image, sample.masks[used] if sample.has_masks and len(used) else None
+            image, masks = sample.image, sample.masks[used] if sample.has_masks and self._prompt != "grid" else None
             if around != WHOLE:
                 number = torch.tensor([around])
                 window = windows(prompts[number], (image.shape[1], image.shape[2]), self._crop)[0]

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from segment_anything.modeling import Sam
 
-from wesam.adapt import Report, adapt, keep_best
+from wesam.adapt import Report, adapt, checked, keep_best
 from wesam.adapters import AdaptedSam
 from wesam.anchor import Anchor
 from wesam.bench import bench_step
@@ -31,7 +31,7 @@ from wesam.data.images import read_image
 from wesam.errors import InputError
 from wesam.evaluate import baseline, evaluate, predict
 from wesam.memory import reckon
-from wesam.methods import METHODS, checked_method
+from wesam.methods import METHODS
 from wesam.overlay import contact_sheet, overlay
 from wesam.prompts import Prompts
 from wesam.sam import REGISTRY, describe, fetch_model, load_sam, model_names, random_sam, write_weights
@@ -85,6 +85,13 @@ def _parser() -> Parser:
             "--max-instances", type=int, metavar="N",
             help="train on at most N instances of an image in a step, others in each (default: the preset's)",
         )  # fmt: skip
+
+    def runs(p: argparse.ArgumentParser, what: str) -> None:
+        p.add_argument("--steps", type=int, help=f"optimisation steps of every {what}")
+        p.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default: 3)")
+        most(p)
+        text = f"a hyperparameter of every {what}"
+        p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help=text)
 
     def size(p: argparse.ArgumentParser) -> None:
         p.add_argument("--instances", type=int, default=8, help="boxes an image (default: 8)")
@@ -146,10 +153,7 @@ def _parser() -> Parser:
     model(p)
     crop(p, "default: the preset's")
     p.add_argument("--methods", nargs="+", default=["wesam", "supervised"], metavar="METHOD")
-    p.add_argument("--steps", type=int, help="optimisation steps of every method")
-    p.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default: 3)")
-    most(p)
-    p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a hyperparameter of every method")
+    runs(p, "method")
     result(p)
 
     text = "Adapt with each kind of weak label; score each one's best checkpoint on test with every kind of prompt."
@@ -162,10 +166,7 @@ def _parser() -> Parser:
     model(p)
     p.add_argument("--method", default="wesam", help=f"one of {', '.join(METHODS)} (default: wesam)")
     crop(p, "default: the preset's")
-    p.add_argument("--steps", type=int, help="optimisation steps of every row")
-    p.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default: 3)")
-    most(p)
-    p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a hyperparameter of every row")
+    runs(p, "row")
     result(p)
 
     benches = commands.add_parser("bench", help="Measure what a step costs.", description="Measure what a step costs.")
@@ -253,10 +254,8 @@ def _check(args: argparse.Namespace) -> int:
         domain = e.rest if isinstance(e, Unusable) else None
     left_out = domain.left_out if domain else ()
     if domain:
-        for name in SPLITS:
-            if name not in domain.splits:
-                continue
-            split, instances = domain.split(name), 0
+        for name, split in domain.splits.items():
+            instances = 0
             for i in range(len(split)):
                 _line(f"reading {name} {i + 1}/{len(split)}")
                 try:
@@ -337,9 +336,8 @@ def _adapt(args: argparse.Namespace) -> None:
     changes = {"method": method, "prompt": args.prompt, "seed": args.seed}
     changes |= _changes(args)
     config = start.replace(changes).parse(_set(args))
-    checked_method(config)
-    domain.check(config)
-    vanished = _vanished(sam, domain, config)
+    checked(domain, config)
+    vanished = _vanished(sam, domain, [config])
     _writable(args.out)
     curve: list[dict[str, float]] = []
     began = time.monotonic()
@@ -371,14 +369,12 @@ def _adapt(args: argparse.Namespace) -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     sam, domain = load_sam(args.model).to(args.device), _domain(args)
-    if args.seeds < 1:
-        raise InputError(f"--seeds must be at least 1, got {args.seeds}")
     changes = {"prompt": args.prompt, **_changes(args)}
     configs = {m: method_preset(args.model, m).replace(changes).parse(_set(args)) for m in args.methods}
-    _vanished(sam, domain, next(iter(configs.values())))
+    _vanished(sam, domain, configs.values())
     row = {
         "domain": domain.name, "model": args.model, "prompt": args.prompt, "crop": next(iter(configs.values())).crop,
-        **compare(sam, domain, configs, range(args.seeds), watch=lambda text: print(text, flush=True)),
+        **compare(sam, domain, configs, _seeds(args), watch=lambda text: print(text, flush=True)),
     }  # fmt: skip
     print(table([{k: v for k, v in row.items() if not isinstance(v, list)}]))
     write_json(args.json, row)
@@ -386,16 +382,20 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _cross(args: argparse.Namespace) -> None:
     sam, domain = load_sam(args.model).to(args.device), _domain(args)
-    if args.seeds < 1:
-        raise InputError(f"--seeds must be at least 1, got {args.seeds}")
     start = method_preset(args.model, args.method)
     configs = {k: start.replace({"prompt": k, **_changes(args)}).parse(_set(args)) for k in args.prompts}
-    _vanished(sam, domain, next(iter(configs.values())))
-    rows = cross(sam, domain, configs, range(args.seeds), watch=lambda text: print(text, flush=True))
+    _vanished(sam, domain, configs.values())
+    rows = cross(sam, domain, configs, _seeds(args), watch=lambda text: print(text, flush=True))
     columns = [k for k, v in rows[-1].items() if not isinstance(v, list)]
     print(table([{k: row.get(k) for k in columns} | {"trained_with": row["trained_with"] or "Direct"} for row in rows]))
     head = {"domain": domain.name, "model": args.model, "method": args.method}
     write_json(args.json, [{**head, **row} for row in rows])
+
+
+def _seeds(args: argparse.Namespace) -> range:
+    if args.seeds < 1:
+        raise InputError(f"--seeds must be at least 1, got {args.seeds}")
+    return range(args.seeds)
 
 
 def _changes(args: argparse.Namespace) -> dict[str, Any]:
@@ -403,10 +403,10 @@ def _changes(args: argparse.Namespace) -> dict[str, Any]:
     return {k: v for k in ("steps", "crop", "max_instances") if (v := getattr(args, k, None)) is not None}
 
 
-def _vanished(sam: Sam, domain: Domain, config: Config) -> int:
+def _vanished(sam: Sam, domain: Domain, configs: Iterable[Config]) -> int:
     """How many training instances are too small for the model, seen whole, to see; says so if there are any."""
     side = sam.image_encoder.img_size
-    count = 0 if config.crop or config.prompt == "grid" else domain.split("train").small(side)
+    count = max(domain.vanished(c, side) for c in configs)
     if count:
         print(
             f"left out of training, less than a pixel wide or high at the model's {side} px: {count} instances;"

@@ -10,12 +10,11 @@ from typing import Any
 
 from segment_anything.modeling import Sam
 
-from wesam.adapt import Best, adapt, keep_best
+from wesam.adapt import Best, adapt, checked, keep_best
 from wesam.adapters import AdaptedSam
 from wesam.config import Config, PromptKind
 from wesam.data.domain import Domain
 from wesam.evaluate import Scores, baseline, evaluate
-from wesam.methods import checked_method
 
 
 def compare(
@@ -36,8 +35,7 @@ def compare(
     first = next(iter(configs.values()))
     prompt, crop = first.scored_with, first.crop
     for config in configs.values():
-        checked_method(config)
-        domain.check(config)
+        checked(domain, config)
     row: dict[str, Any] = {
         "box_filled": baseline("box", test).objective,
         "ellipse": baseline("ellipse", test).objective,
@@ -51,9 +49,7 @@ def compare(
             model, best = _adapted(sam, domain, config.replace({"seed": seed}), val)
             found.append(evaluate(model, test, prompt).objective)
             watch(f"{name} seed {seed}: test mIoU {found[-1]:.3f} (val {best.val.objective:.3f} at step {best.step})")
-        row[name] = statistics.mean(found)
-        row[f"{name}_sd"] = statistics.stdev(found) if len(found) > 1 else 0.0
-        row[f"{name}_all"] = found
+        row |= _summary(name, found)
     if {"wesam", "supervised"} <= row.keys() and row["supervised"] > direct:
         row["gap_closed"] = (row["wesam"] - direct) / (row["supervised"] - direct)
     return row
@@ -76,8 +72,7 @@ def cross(
     """
     test = domain.split("test")
     for config in configs.values():
-        checked_method(config)
-        domain.check(config)
+        checked(domain, config)
     asked: list[PromptKind] = list(dict.fromkeys(c.scored_with for c in configs.values()))
     crop = next(iter(configs.values())).crop
     scores = {k: evaluate(sam, test, k, crop=crop) for k in asked}
@@ -96,11 +91,15 @@ def cross(
             watch(f"trained with {trained}, seed {seed}: test {said} (best at step {best.step})")
         row: dict[str, Any] = {"trained_with": trained, "score": score}
         for name, values in found.items():
-            row[name] = statistics.mean(values)
-            row[f"{name}_sd"] = statistics.stdev(values) if len(values) > 1 else 0.0
-            row[f"{name}_all"] = values
+            row |= _summary(name, values)
         rows.append(row)
     return rows
+
+
+def _summary(name: str, values: list[float]) -> dict[str, Any]:
+    """Mean and standard deviation over the seeds, and all."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {name: statistics.mean(values), f"{name}_sd": spread, f"{name}_all": values}
 
 
 def _said(row: Mapping[str, Any], kinds: Iterable[str]) -> str:

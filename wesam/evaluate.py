@@ -16,10 +16,7 @@ from wesam.config import PromptKind
 from wesam.crops import cut, windows
 from wesam.data.domain import Sample
 from wesam.prompts import Prompts, tight_boxes
-from wesam.sam.promptable import decode, encode, resize, upscale
-
-CHUNK = 64
-"""Prompts decoded at once."""
+from wesam.sam.promptable import CHUNK, decode, encode, resize, upscale
 
 WINDOWS = 16
 """Windows encoded at once."""

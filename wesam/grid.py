@@ -13,13 +13,10 @@ from torch import Tensor
 
 from wesam.config import GridConfig
 from wesam.prompts import Prompts
-from wesam.sam.promptable import decode, encode
+from wesam.sam.promptable import CHUNK, decode, encode
 
 OVERLAP = 0.7
 """Masks of a higher IoU are of the same thing. SAM's own, there of the masks' boxes."""
-
-CHUNK = 64
-"""Prompts decoded at once."""
 
 
 @torch.no_grad()

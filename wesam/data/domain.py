@@ -140,6 +140,10 @@ class Domain:
             self.split("train")[0].weak_labels(config.prompt)
         self.split("val")[0].weak_labels(config.scored_with)
 
+    def vanished(self, config: Config, side: int) -> int:
+        """How many training instances a model of this input side is not trained on, since it could not see them."""
+        return 0 if config.crop or config.prompt == "grid" else self.split("train").small(side)
+
 
 class Unusable(InputError):
     """A domain that has faults, a line for each."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from wesam.pretrain.bank import Bank, Groups
 from wesam.pretrain.batch import KINDS, SHARES, Batch, make_batch
 from wesam.pretrain.losses import Affinity, all_masks_loss
 from wesam.sam.checkpoints import read_weights
-from wesam.sam.nano import SHAPE, Shape, build_nano
+from wesam.sam.nano import Shape, build_nano, said_shape
 from wesam.sam.promptable import decode_outputs, encode
 
 WARMUP = 200
@@ -186,7 +185,7 @@ class Trainer:
         torch.save(state, folder / "checkpoint.tmp")
         (folder / "checkpoint.tmp").replace(folder / "checkpoint.pt")
         half = {k: v.half().cpu().contiguous() for k, v in self.average.module.state_dict().items()}
-        save_file(half, folder / "nano.safetensors", {SHAPE: json.dumps(dataclasses.asdict(self.options.shape))})
+        save_file(half, folder / "nano.safetensors", said_shape(self.options.shape))
 
     def _load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 from wesam.errors import InputError, unknown
 from wesam.sam import checkpoints
 from wesam.sam.attention import fuse
-from wesam.sam.nano import SHAPE, Shape, build_nano, shape_of
+from wesam.sam.nano import SHAPE, Shape, build_nano, said_shape, shape_of
 from wesam.sam.tiny import build_tiny, from_mobile_sam
 
 
@@ -109,9 +108,9 @@ def load_sam(model: str = "nano") -> Sam:
             f"wesam fetch {model} replaces it; if it is yours, give its path as the model, under another name"
         )
     state = from_mobile_sam(checkpoints.read_weights(path))
-    shape = None if entry else _own_shape(path)
-    name = model if entry else "nano" if shape else _identify(state, path)
-    sam = build_nano(shape) if shape else REGISTRY[name].build()
+    own = None if entry else _own_nano(path)
+    name = model if entry else "nano" if own else _identify(state, path)
+    sam = own or REGISTRY[name].build()
     _check(state, sam, name, path)
     sam.load_state_dict(state)
     # where PEFT looks for it: adapters remember for which weights they are made
@@ -131,7 +130,7 @@ def write_weights(sam: Sam, path: Path) -> None:
             torch.save(state, path)
         elif path.suffix == ".safetensors":
             nano = str(getattr(sam, "name_or_path", "")).partition("-")[0] == "nano"
-            save_file(state, path, {SHAPE: json.dumps(dataclasses.asdict(shape_of(sam)))} if nano else None)
+            save_file(state, path, said_shape(shape_of(sam)) if nano else None)
         else:
             raise InputError(f"cannot write {path}: weights are written as .pth or .safetensors")
     except (OSError, RuntimeError, SafetensorError) as e:
@@ -170,16 +169,14 @@ def _find(model: str) -> tuple[Entry | None, Path]:
     raise unknown("model", model, REGISTRY)
 
 
-def _own_shape(path: Path) -> Shape | None:
-    """The shape of a nano that ``wesam.pretrain`` trained, as its file says."""
+def _own_nano(path: Path) -> Sam | None:
+    """A nano, with random weights, of the shape that the file of one says."""
     said = checkpoints.read_metadata(path).get(SHAPE)
     if said is None:
         return None
     try:
         given = json.loads(said)
-        shape = Shape(**{**given, "whole": tuple(given["whole"])})
-        build_nano(shape)
-        return shape
+        return build_nano(Shape(**{**given, "whole": tuple(given["whole"])}))
     except (ValueError, TypeError, KeyError, ArithmeticError, AssertionError, RuntimeError):
         raise InputError(f"{path} does not say in its metadata what shape its model has: {said[:80]}") from None
 

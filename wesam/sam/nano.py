@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,6 +34,11 @@ class Shape:
     """The blocks that attend over the whole image."""
     channels: int = 96
     """Channels of the embedding and of the decoder."""
+
+
+def said_shape(shape: Shape) -> dict[str, str]:
+    """What a weights file says of its model's shape."""
+    return {SHAPE: json.dumps(dataclasses.asdict(shape))}
 
 
 def shape_of(sam: Sam) -> Shape:

@@ -15,6 +15,9 @@ from torch.profiler import record_function
 
 from wesam.prompts import Prompts
 
+CHUNK = 64
+"""Prompts of an image decoded at once, where no gradient is wanted."""
+
 
 @dataclass(frozen=True)
 class Masks:
