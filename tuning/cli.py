@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tuning.plan import COLUMNS, DEMO, check, make_plan, read_study
+from tuning.plan import BUDGET, COLUMNS, DEMO, KEYS, Lines, check, in_file, make_plan, read_study
 from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, guarded, json_file, program, table, write_json
 from wesam.errors import InputError
 from wesam.sam import model_names
@@ -46,6 +46,13 @@ def _parser() -> Parser:
         )  # fmt: skip
         return p
 
+    def budget(p: argparse.ArgumentParser, trials: str) -> None:
+        p.add_argument("--trials", type=int, metavar="N", help=trials)
+        p.add_argument("--hours", type=float, metavar="H", help="begin nothing new after so long by the clock")
+        p.add_argument(
+            "--gpu-hours", type=float, metavar="H", help="nor when all trials have had so much; without GPUs, of CPUs"
+        )
+
     p = command("run", _run, "Run a study: search each domain, test the best, register it.")
     p.add_argument("study", nargs="?", type=Path, metavar="STUDY.yaml", help="a study's file; options win over it")
     p.add_argument("--demo", action="store_true", help="a small study of three procedural domains")
@@ -57,21 +64,38 @@ def _parser() -> Parser:
     p.add_argument("--data", metavar="ROOT", help="where the published data sets lie (default: $WESAM_DATA)")
     p.add_argument("--prompt", metavar="KIND", help=f"{PROMPT_HELP} (default: box)")
     p.add_argument("--model", help=f"one of {', '.join(model_names())}, or a file with weights of one (default: nano)")
-    p.add_argument("--trials", type=int, help="trials per domain (default: 16)")
+    budget(p, "trials per domain (default: 16)")
     p.add_argument("--steps", type=int, help="optimisation steps of a trial (default: the model's)")
     p.add_argument(
         "--crop", type=float, metavar="K", help="show the model a square around each prompt, K times as long"
     )
+    p.add_argument("--sampler", metavar="S", help="who proposes: tpe, gp, nsga2 or random (default: tpe)")
+    p.add_argument("--scheduler", metavar="S", help="who stops what is behind: asha, median or none (default: asha)")
+    p.add_argument(
+        "--objective", metavar="SCORE",
+        help="what trials are chosen by on val: miou, f1, label-free, or auto: mIoU, but label-free without masks",
+    )  # fmt: skip
+    p.add_argument(
+        "--minimize", action="append", metavar="COST", help="size (of the adapter) or seconds (of a step) as well"
+    )
     p.add_argument("--workers", type=int, help="workers per trial (default: 1)")
+    p.add_argument(
+        "--gpus-per-worker", type=float, metavar="G", help="a share of one puts several trials on a card (default: 1)"
+    )
     p.add_argument("--seed", type=int, help="seed of all that is random (default: 0)")
     p.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="fix a hyperparameter, as in lora.rank=8"
     )
     p.add_argument("--storage", metavar="URL", help="folder or URL for checkpoints, reached by all workers")
+    p.add_argument("--optuna", metavar="URL", help="database with the Optuna studies (default: a file in runs/NAME)")
+    p.add_argument(
+        "--optuna-study", metavar="NAME", help="their name before the domain's; studies may share one (default: NAME)"
+    )
     _json(p)
 
-    p = command("resume", _resume, "Go on with a study that was stopped.")
+    p = command("resume", _resume, "Go on with a study that was stopped, or enlarge it.")
     p.add_argument("name", metavar="NAME", help="the study's name")
+    budget(p, "trials per domain (default: as before)")
     _json(p)
 
     p = command("best", _best, "Fetch a domain's best adapter, or list all.")
@@ -95,18 +119,22 @@ def _run(args: argparse.Namespace) -> None:
     settings: dict[str, Any] = {}
     if args.demo:
         settings |= DEMO
+    lines: Lines = {}
     if args.study:
-        settings |= read_study(args.study)
-    keys = ("name", "domains", "data", "prompt", "model", "trials", "steps", "crop", "workers", "seed", "storage")
-    settings |= {k: v for k in keys if (v := getattr(args, k)) is not None}
-    check(settings)
-    plan = make_plan(settings, args.set)
+        found, lines = read_study(args.study)
+        settings |= found
+    given = {k: v for k, v in vars(args).items() if k in KEYS and k != "set" and v is not None}
+    lines = {k: n for k, n in lines.items() if k[0] not in given}
+    with in_file(args.study, lines):
+        check(settings | given)
+        plan = make_plan(settings | given, args.set)
     chosen = args.name or (args.study and "name" in settings)
     _study(args, lambda study, tracker: study.new_study(plan, tracker, rename=not chosen))
 
 
 def _resume(args: argparse.Namespace) -> None:
-    _study(args, lambda study, tracker: study.resume_study(args.name, tracker))
+    budget = {k: getattr(args, k) for k in BUDGET if getattr(args, k) is not None}
+    _study(args, lambda study, tracker: study.resume_study(args.name, tracker, budget))
 
 
 def _study(args: argparse.Namespace, run: Callable[[Any, Any], dict[str, Any]]) -> None:

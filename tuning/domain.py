@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import json
 import threading
+import traceback
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import optuna
 from mlflow.entities import Run as Stored
 from ray import tune
 
 from tuning import judge, registry, runtime
-from tuning.listener import Listener
+from tuning.budget import Budget
+from tuning.listener import CHECKPOINT, Listener
 from tuning.plan import MARGIN, REFERENCES, WORDS, Plan
 from tuning.progress import Board
-from tuning.search import Halving, Search
+from tuning.sampler import catch_up, enqueue
+from tuning.schedulers import Stopping, make_scheduler
+from tuning.search import Proposal, Search
 from tuning.tracking import Run, Tracker, Trial, environment, trials
 from tuning.trainer import KEEP, Setting, one_worker, several_workers
-from wesam import Scores, load_domain
+from wesam import Config, Scores, load_domain
 
 Row = dict[str, Any]
 """A domain's line of the result."""
 
-RESULT, PICTURE = "result.json", "overlay.png"
-"""Artifacts of a domain's run; the study's has the first one too."""
+RESULT, PICTURE, ERROR = "result.json", "overlay.png", "error.txt"
+"""Artifacts of a domain's run; the study's has the first one too. The last one: what ended the search, in full."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +41,19 @@ class Context:
     run: Run
     side_by_side: int
     """Trials of a domain at once."""
+    budget: Budget
     stop: threading.Event
 
 
 class DomainSearch(threading.Thread):
     """The search on one domain; afterwards ``row`` holds its result, or ``error`` and why."""
 
-    def __init__(self, context: Context, given: str, name: str, before: Stored | None) -> None:
+    def __init__(
+        self, context: Context, given: str, name: str, study: optuna.Study, before: Stored | None
+    ) -> None:  # fmt: skip
+        """study: in Optuna. before: the domain's run, if it has been begun already."""
         super().__init__(name=name, daemon=True)
-        self._c, self._given, self._before = context, given, before
+        self._c, self._given, self._study, self._before = context, given, study, before
         self._task = judge.Task(context.plan.model, given, context.plan.base)
         domain = load_domain(given)
         self._tags = {
@@ -56,7 +65,7 @@ class DomainSearch(threading.Thread):
 
     def run(self) -> None:
         """Searches, judges, registers."""
-        if self._before is not None and self._before.info.status == "FINISHED":
+        if self._before is not None and self._before.info.status == "FINISHED" and self._is_done(self._before):
             self.row = json.loads(self._c.tracker.files(self._before.info.run_id, "")[RESULT])
             self._c.board.skip(self._c.plan.trials)
             return
@@ -70,7 +79,13 @@ class DomainSearch(threading.Thread):
             self.row = {"domain": self.name, "error": reason}
             if not self._c.stop.is_set():
                 self._c.board.say(f"failed: {reason}", self.name)
+                told = traceback.format_exc().encode()
+                run.attach(lambda: {ERROR: told})
                 run.close("FAILED")
+
+    def _is_done(self, before: Stored) -> bool:
+        """Whether the study has not been enlarged since."""
+        return len(self._c.tracker.find("trial", parent=before.info.run_id)) >= self._c.plan.trials
 
     def _run(self) -> Run:
         if self._before is not None:
@@ -87,8 +102,10 @@ class DomainSearch(threading.Thread):
             text = "left out of training, less than a pixel wide or high at the model's input size"
             self._c.board.say(f"{text}: {vanished} instances", self.name)
         direct = found["direct_val"]
-        drawn = f"ellipse in the box {found['ellipse_val'].objective:.3f}, " if "ellipse_val" in found else ""
-        self._c.board.say(f"{WORDS[direct.chosen_by]} on val: {drawn}Direct {direct.objective:.3f}", self.name)
+        score = direct.name(self._c.plan.objective)
+        ellipse = getattr(found.get("ellipse_val"), score, None)
+        drawn = f"ellipse in the box {ellipse:.3f}, " if ellipse is not None else ""
+        self._c.board.say(f"{WORDS[score]} on val: {drawn}Direct {getattr(direct, score):.3f}", self.name)
         self._search(run, found["direct_val"])
         return self._conclude(run, found)
 
@@ -100,8 +117,8 @@ class DomainSearch(threading.Thread):
         keys = [f"{k}_{s}" for k in ("ellipse", "direct") for s in ("val", "test") if f"{k}_{s}_images" in metrics]
         return {
             k: Scores(
-                int(metrics[f"{k}_images"]), int(metrics[f"{k}_instances"]),
-                *(metrics.get(f"{k}_{name}") for name in ("miou", "f1", "agreement")),
+                int(metrics[f"{k}_images"]), int(metrics[f"{k}_instances"]), metrics.get(f"{k}_miou"),
+                metrics.get(f"{k}_f1"), metrics.get(f"{k}_agreement"), metrics[f"{k}_collapsed"],
             )
             for k in keys
         }  # fmt: skip
@@ -110,15 +127,25 @@ class DomainSearch(threading.Thread):
         plan, c = self._c.plan, self._c
         done = trials(c.tracker, run.id)
         c.board.skip(len(done))
-        taken = {t.number for t in done}
+        unfinished = [] if self._before is None else _unfinished(c.tracker, run.id, {t.number for t in done})
+        taken = {t.number for t in done} | {p["number"] for p in unfinished}
         left = [n for n in range(1, plan.trials + 1) if n not in taken]
-        if left:
-            references = [r for r in REFERENCES if r not in {t.reference for t in done}]
-            halving = Halving(plan)
-            setting = Setting(plan=plan, domain=self._task.domain, direct=direct, resources=runtime.worker_resources())
-            listener = Listener(plan, c.tracker, c.board, run, self._tags, direct, left, halving, c.stop)
-            search = Search(plan, references, [(t.point, t.best) for t in done if t.point])
-            _tuner(setting, self.name, len(left), c.side_by_side, search, halving, listener).fit()
+        if left or unfinished:
+            held = {r for r in REFERENCES if plan.point(r) is not None}
+            seen = {t.reference for t in done} | {p.get("reference") for p in unfinished}
+            missing = [r for r in REFERENCES if r not in seen]
+            catch_up(self._study, plan, done, unfinished)
+            enqueue(self._study, plan, [r for r in missing if r in held])
+            scheduler = make_scheduler(plan, c.budget)
+            resources = runtime.worker_resources(plan.gpus_per_worker)
+            setting = Setting(plan=plan, domain=self._task.domain, direct=direct, resources=resources)
+            listener = Listener(
+                plan, c.tracker, c.board, run, self._tags, direct, scheduler.stopped, c.budget, c.stop
+            )  # fmt: skip
+            outside = [r for r in missing if r not in held]
+            search = Search(plan, self._study, left, outside, unfinished, c.budget, scheduler.stopped)
+            count = len(left) + len(unfinished)
+            _tuner(setting, self.name, count, c.side_by_side, search, scheduler, listener).fit()
             c.tracker.flush()
         self.trials = trials(c.tracker, run.id)
         if not self.trials:
@@ -126,7 +153,8 @@ class DomainSearch(threading.Thread):
 
     def _conclude(self, run: Run, found: dict[str, Scores]) -> Row:
         c, plan = self._c, self._c.plan
-        direct = found["direct_val"].objective
+        score = found["direct_val"].name(plan.objective)
+        direct = found["direct_val"].value(plan.objective)
         best = max(self.trials, key=lambda t: (t.best, -t.number), default=None)
         winner = best if best and best.best > direct + MARGIN else None
         paper = next((t for t in self.trials if t.reference == "paper"), None)
@@ -136,13 +164,14 @@ class DomainSearch(threading.Thread):
         picture = judge.picture(self._task, wanted[winner.run_id] if winner else None)
         run.attach(lambda: {PICTURE: picture})
         test = scores[winner.run_id] if winner else found["direct_test"]
-        ellipse = {s: found[f"ellipse_{s}"].objective if f"ellipse_{s}" in found else None for s in ("val", "test")}
+        drawn = (found.get("ellipse_val"), found.get("ellipse_test"))
+        ellipse = {"val": getattr(drawn[0], score, None), "test": drawn[1].objective if drawn[1] else None}
         row: Row = {
             "domain": self.name, "given": self._given, "run_id": run.id,
             "score": test.chosen_by, "ellipse": ellipse["test"], "direct": found["direct_test"].objective,
             "paper": scores[paper.run_id].objective if paper else None, "best": test.objective,
             "val": {
-                "score": found["direct_val"].chosen_by, "ellipse": ellipse["val"], "direct": direct,
+                "score": score, "ellipse": ellipse["val"], "direct": direct,
                 "paper": paper.best if paper else None, "best": winner.best if winner else direct,
             },
             "best_f1": test.f1, "trials": len(self.trials), "pruned": sum(t.pruned for t in self.trials),
@@ -166,6 +195,24 @@ class DomainSearch(threading.Thread):
         return row
 
 
+def _unfinished(tracker: Tracker, domain_run: str, done: set[int]) -> list[Proposal]:
+    """The trials that were interrupted after a checkpoint, to go on with; what has none is closed as failed."""
+    found: dict[int, Proposal] = {}
+    for stored in tracker.find("trial", parent=domain_run):
+        tags, number = stored.data.tags, int(stored.data.tags["wesam.trial"])
+        if stored.info.status == "FAILED" or number in done or "wesam.role" in tags:
+            continue
+        if CHECKPOINT not in tags:
+            tracker.reopen(stored).close("FAILED")
+            continue
+        state = json.loads(tags[CHECKPOINT])
+        proposal = {k: v for k, v in json.loads(tags["wesam.proposal"]).items() if v is not None}
+        config = Config().parse([f"{k}={v}" for k, v in stored.data.params.items()])
+        go_on = {"config": config.flat(), "run": stored.info.run_id, "resume": state["latest"], "state": state}
+        found[number] = {"point": None, **proposal, **go_on}
+    return [found[n] for n in sorted(found)]
+
+
 def study_tags(plan: Plan) -> dict[str, str]:
     """What every run of a study is tagged with, beside its hyperparameters: all that its numbers depend on."""
     return {
@@ -178,7 +225,7 @@ def study_tags(plan: Plan) -> dict[str, str]:
 
 
 def _tuner(
-    setting: Setting, name: str, count: int, side_by_side: int, search: Search, halving: Halving, listener: Listener
+    setting: Setting, name: str, count: int, side_by_side: int, search: Search, scheduler: Stopping, listener: Listener
 ) -> tune.Tuner:
     plan = setting.plan
     alone = plan.workers == 1
@@ -188,7 +235,7 @@ def _tuner(
         tune.with_resources(one_worker if alone else several_workers, tune.PlacementGroupFactory([need])),
         param_space=setting.space(),
         tune_config=tune.TuneConfig(
-            search_alg=search, scheduler=halving, num_samples=count, max_concurrent_trials=side_by_side,
+            search_alg=search, scheduler=scheduler, num_samples=count, max_concurrent_trials=side_by_side,
             reuse_actors=alone, trial_dirname_creator=lambda trial: f"trial-{trial.trial_id}",
         ),
         run_config=tune.RunConfig(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,15 +13,19 @@ from ray import tune
 from ray.train import Checkpoint
 from ray.tune.experiment import Trial
 
+from tuning.budget import Budget
 from tuning.plan import MARGIN, WORDS, Plan
 from tuning.progress import Board
-from tuning.search import Halving
 from tuning.tracking import Run, Tracker
 from tuning.trainer import METRIC
 from wesam import Scores
 from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE
 
-LABELS = {"paper": "paper's hyperparameters", "defaults": "model's defaults"}
+PROPOSED = ("number", "label", "point", "optuna", "reference")
+"""What of a proposal is kept in its run's tags; its configuration is in the run's parameters."""
+
+WIDTH = 23
+"""Of what a trial is called."""
 
 
 class Interrupted(Exception):
@@ -35,11 +39,26 @@ class _Seen:
     number: int
     run: Run
     label: str
+    steps: int
     step: int = 0
     best: float = 0.0
     best_step: int = 0
+    latest: str | None = None
     checkpoint: str | None = None
-    """Where Ray Train has put the best one; Tune's own it keeps itself."""
+    """Paths of the last checkpoint and of the best one."""
+
+    def kept(self, path: str) -> None:
+        """A checkpoint of the last result has been written."""
+        self.latest = path
+        if self.best_step == self.step:
+            self.checkpoint = path
+        self.run.log(tags={CHECKPOINT: json.dumps({k: getattr(self, k) for k in STATE})})
+
+
+CHECKPOINT = "wesam.checkpoint"
+"""The tag from which an interrupted trial can be gone on with."""
+
+STATE = ("step", "best", "best_step", "latest", "checkpoint")
 
 
 class Listener(tune.Callback):
@@ -47,12 +66,14 @@ class Listener(tune.Callback):
 
     def __init__(
         self, plan: Plan, tracker: Tracker, board: Board, domain: Run, tags: Mapping[str, str], direct: Scores,
-        numbers: Sequence[int], halving: Halving, stop: threading.Event,
+        stopped: Mapping[str, str], budget: Budget, stop: threading.Event,
     ) -> None:  # fmt: skip
-        """domain: its run. tags: of all trials. direct: the source model, on val. numbers: of the trials to come."""
+        """domain: its run. tags: of all trials. direct: the source model, on val. stopped: what the scheduler has
+        stopped, by trial, and why.
+        """
         self._plan, self._tracker, self._board, self._domain = plan, tracker, board, domain
-        self._direct, self._best, self._halving, self._stop = direct, direct.objective + MARGIN, halving, stop
-        self._numbers, self._tags = numbers, tags
+        self._direct, self._best = direct, direct.value(plan.objective) + MARGIN
+        self._stopped, self._budget, self._stop, self._tags = stopped, budget, stop, tags
         self._seen: dict[str, _Seen] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,21 +87,26 @@ class Listener(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial begins, or begins again."""
+        self._budget.begin(self._domain.name, trial.trial_id)
         if trial.trial_id not in self._seen:
-            self._begin(trials.index(trial), trial)
+            self._begin(trial.config, trial.trial_id)
 
-    def _begin(self, index: int, trial: Trial) -> None:
-        reference, point = trial.config.get("reference"), trial.config.get("point", {})
-        if reference:
-            point = self._plan.point(reference) or {}
-        number = self._numbers[index]  # actors may start in another order
-        tags = {**self._tags, "wesam.trial": str(number), "wesam.point": json.dumps(point)}
-        tags |= {"wesam.reference": reference} if reference else {}
-        run = self._tracker.start(f"{self._domain.name} {number}", "trial", self._domain, tags)
-        config = self._plan.config(trial.config.get("reference"), trial.config.get("point", {}))
-        run.log({f"val_{k}": v for k, v in self._direct.known().items()}, step=0, params=config.flat())
-        self._seen[trial.trial_id] = _Seen(number, run, LABELS.get(reference or "", "searched"))
-        self._board.at(self._domain.name, number, 0)
+    def _begin(self, proposal: Mapping[str, Any], trial_id: str) -> None:
+        number = proposal["number"]
+        if "run" in proposal:
+            run = self._tracker.reopen(self._tracker.client.get_run(proposal["run"]))
+        else:
+            about = {k: proposal.get(k) for k in PROPOSED}
+            tags = {**self._tags, "wesam.trial": str(number), "wesam.proposal": json.dumps(about)}
+            tags |= {"label": proposal["label"]} | {
+                f"wesam.{k}": str(proposal[k]) for k in ("reference", "role") if k in proposal
+            }
+            run = self._tracker.start(f"{self._domain.name} {number}", "trial", self._domain, tags)
+            known = {f"val_{k}": v for k, v in self._direct.known().items()}
+            run.log(known, step=0, params=proposal["config"])
+        steps = int(proposal["config"]["steps"])
+        self._seen[trial_id] = seen = _Seen(number, run, proposal["label"], steps, **proposal.get("state", {}))
+        self._board.at(self._domain.name, number, seen.step)
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -93,39 +119,47 @@ class Listener(tune.Callback):
         seen.step = step
         if result["score"] > seen.best:
             seen.best, seen.best_step = result["score"], step
-            seen.checkpoint = result.get("checkpoint_path")
         seen.run.log(metrics, step=step)
+        if result.get("checkpoint_path"):  # Ray Train has written it; Tune's own comes after this
+            seen.kept(result["checkpoint_path"])
         self._board.at(self._domain.name, seen.number, step)
+
+    def on_checkpoint(
+        self, iteration: int, trials: list[Trial], trial: Trial, checkpoint: Checkpoint, **info: Any
+    ) -> None:
+        """A trial's last result has been kept."""
+        self._seen[trial.trial_id].kept(checkpoint.path)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial has come to its end, or has been stopped."""
-        seen = self._seen[trial.trial_id]
+        seen, spent = self._seen[trial.trial_id], self._budget.end(self._domain.name, trial.trial_id)
+        seen.run.log({"gpu_hours": spent}, step=seen.step)
         if self._stop.is_set():
             seen.run.close("KILLED")
             return
         if not seen.best_step:
-            self._over(seen, "FAILED", "the loss was not finite before the first evaluation")
+            seen.run.log(tags={"ended": "diverged"})
+            self._over(seen, "FAILED", "diverged: the loss was not finite before the first evaluation")
             return
-        pruned = trial.trial_id in self._halving.stopped
-        checkpoint = self._checkpoint(trial, seen)
+        assert seen.checkpoint is not None
+        checkpoint = Checkpoint(seen.checkpoint, cast(Any, trial).storage.storage_filesystem)
         kept = seen.run.attach(lambda: _adapter(checkpoint), "adapter")
-        ended = "pruned" if pruned else "diverged" if seen.step < self._plan.base.steps else "finished"
-        tags = {"pruned": str(pruned).lower(), "ended": ended}
-        seen.run.log({"best_step": seen.best_step}, step=seen.step, tags=tags, after=kept)
+        ended = self._stopped.get(trial.trial_id, "finished" if seen.step == seen.steps else "diverged")
+        seen.run.log(
+            {"best_step": seen.best_step, "last_step": seen.step}, step=seen.step, tags={"ended": ended}, after=kept
+        )
         better = "  best so far" if seen.best > self._best else ""
         self._best = max(self._best, seen.best)
-        where = "" if ended == "finished" else f"  {ended} at step {seen.step}"
-        gain = round(seen.best - self._direct.objective, 3) + 0.0  # which makes -0.0 a plain 0.0
-        self._over(
-            seen,
-            "FINISHED",
-            f"val {WORDS[self._direct.chosen_by]} {seen.best:.3f} ({gain:+.3f} to Direct){where}{better}",
-        )
+        where = "" if ended == "finished" else f"  {ENDED[ended]} at step {seen.step}"
+        chosen_by, direct = WORDS[self._direct.name(self._plan.objective)], self._direct.value(self._plan.objective)
+        gain = round(seen.best - direct, 3) + 0.0  # which makes -0.0 a plain 0.0
+        self._over(seen, "FINISHED", f"val {chosen_by} {seen.best:.3f} ({gain:+.3f} to Direct){where}{better}")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial has failed for good."""
+        self._budget.end(self._domain.name, trial.trial_id)
         if trial.trial_id not in self._seen:
-            self._begin(trials.index(trial), trial)
+            self._begin(trial.config, trial.trial_id)
         seen = self._seen[trial.trial_id]
         if self._stop.is_set():
             seen.run.close("KILLED")
@@ -134,13 +168,11 @@ class Listener(tune.Callback):
 
     def _over(self, seen: _Seen, status: Any, text: str) -> None:
         seen.run.close(status)
-        self._board.ended(self._domain.name, seen.number, f"{seen.label:<{max(map(len, LABELS.values()))}}  {text}")
+        self._board.ended(self._domain.name, seen.number, f"{seen.label:<{WIDTH}}  {text}")
 
-    def _checkpoint(self, trial: Any, seen: _Seen) -> Checkpoint:
-        """The best one."""
-        if seen.checkpoint is not None:
-            return Checkpoint(seen.checkpoint, trial.storage.storage_filesystem)
-        return cast(Checkpoint, trial.run_metadata.checkpoint_manager.best_checkpoint_result.checkpoint)
+
+ENDED = {"pruned": "stopped early", "budget": "the budget was spent", "diverged": "diverged"}
+"""What a trial's tag ``ended`` means, but for ``finished``."""
 
 
 def _reason(trial: Any) -> str:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 
-from tuning.space import Axis, Space, fixed, make_space
-from wesam.config import BOXES, PRESETS, Config, PromptKind, Value, preset
+from tuning.space import Space, fixed, make_space, space_from_dict, space_to_dict
+from wesam.config import BOXES, PRESETS, Config, Objective, PromptKind, Value, preset
 from wesam.data import Domain, load_domain, located
-from wesam.errors import InputError, unknown
+from wesam.errors import InputError, at, one_of
 from wesam.methods import checked_method
 from wesam.sam import find_model, model_names
 
@@ -24,7 +27,7 @@ REFERENCES = ("paper", "defaults")
 MARGIN = 0.001
 """By how much val mIoU must be above Direct's: a tenth of a point is no reason to carry an adapter around."""
 
-WORDS = {"miou": "mIoU", "agreement": "agreement"}
+WORDS = {"miou": "mIoU", "f1": "F1", "agreement": "agreement"}
 """What a score is called."""
 
 COLUMNS = {
@@ -44,10 +47,25 @@ DEMO: dict[str, Any] = {
 }
 """The study of ``--demo``: about seven minutes on two cores."""
 
-_KEYS = {
+KEYS = {
     "name": str, "domains": list, "data": str, "model": str, "prompt": str, "trials": int, "steps": int, "workers": int,
     "seed": int, "set": dict, "space": dict, "storage": str, "crop": float,
+    "sampler": str, "scheduler": str, "objective": str, "minimize": list, "seeds": int, "supervised": bool,
+    "hours": float, "gpu_hours": float, "gpus_per_worker": float, "optuna": str, "optuna_study": str, "from": str,
 }  # fmt: skip
+"""What a study's file may hold."""
+
+Sampler = Literal["tpe", "gp", "nsga2", "random"]
+Scheduler = Literal["asha", "median", "none"]
+Cost = Literal["size", "seconds"]
+"""size: of the adapter in MB; seconds: of a step."""
+
+BUDGET = ("trials", "hours", "gpu_hours")
+"""What may be raised when a study goes on."""
+
+_NAMED: dict[str, Any] = {"sampler": Sampler, "scheduler": Scheduler, "objective": Objective}
+"""Keys with one of a few words."""
+
 WORD = r"[\w.+-]{1,100}"
 """What names runs, registered models and folders."""
 
@@ -77,6 +95,27 @@ class Plan:
     base: Config
     """The configuration of every trial, apart from what is searched."""
     space: Space
+    sampler: Sampler = "tpe"
+    scheduler: Scheduler = "asha"
+    objective: Objective = "auto"
+    """What trials are chosen by."""
+    minimize: tuple[Cost, ...] = ()
+    """What the sampler makes small besides; the best trial is the best by its score all the same."""
+    seeds: int = 3
+    """How often the best one is trained, each with another seed."""
+    supervised: bool = True
+    """Whether the upper reference is trained where masks are known."""
+    hours: float = math.inf
+    """Of wall-clock after which nothing new begins."""
+    gpu_hours: float = math.inf
+    """Of all trials together; where there is no GPU, of workers."""
+    gpus_per_worker: float = 1.0
+    optuna: str = ""
+    """URL of the database with the Optuna studies."""
+    optuna_study: str = ""
+    """Their name before the domain's; several studies may share one. Empty: the study's own."""
+    warm: tuple[tuple[str, dict[str, Value]], ...] = ()
+    """What other studies found best: where, and the configuration's fields."""
 
     def config(self, reference: str | None, point: Mapping[str, Value]) -> Config:
         """The configuration of a trial: that of a reference, or the base changed at a point of the space.
@@ -93,18 +132,36 @@ class Plan:
         point = {path: flat[path] for path in self.space}
         return point if all(self.space[p].holds(v) for p, v in point.items()) else None
 
+    def optuna_url(self) -> str:
+        """Of the database with the Optuna studies: the one given, else a file beside the checkpoints or in ``runs``."""
+        if self.optuna:
+            return self.optuna
+        folder = Path("runs" if "://" in self.storage else self.storage).absolute() / self.name
+        folder.mkdir(parents=True, exist_ok=True)
+        return f"sqlite:///{folder / 'optuna.db'}"
+
+    def nearest(self, flat: Mapping[str, Value]) -> dict[str, Value]:
+        """The point of the space that is nearest to a configuration: values beyond an end lie on it."""
+        mine = self.base.flat()
+        return {path: axis.nearest(flat.get(path, mine[path]), mine[path]) for path, axis in self.space.items()}
+
+    def differs(self, other: Plan) -> str | None:
+        """The first thing that the plans do not share, apart from how long to search."""
+        names = (f.name for f in dataclasses.fields(self) if f.name not in BUDGET)
+        return next((n for n in names if getattr(self, n) != getattr(other, n)), None)
+
     def to_json(self) -> str:
         """Everything, as text that :meth:`from_json` reads."""
-        space = {p: {k: v for k, v in vars(a).items() if v not in (None, ())} for p, a in self.space.items()}
-        return json.dumps({**vars(self), "base": self.base.flat(), "space": space}, indent=1)
+        plain = {"base": self.base.flat(), "space": space_to_dict(self.space)}
+        return json.dumps({**vars(self), **plain}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """The plan that :meth:`to_json` wrote."""
         found = json.loads(text)
-        space = {p: Axis(**{**a, "choices": tuple(a.get("choices", ()))}) for p, a in found.pop("space").items()}
-        base, domains = Config().replace(found.pop("base")), tuple(found.pop("domains"))
-        return cls(**found, domains=domains, base=base, space=space)
+        found |= {"base": Config().replace(found["base"]), "space": space_from_dict(found["space"])}
+        found |= {k: tuple(found[k]) for k in ("domains", "minimize")}
+        return cls(**{**found, "warm": tuple((source, point) for source, point in found["warm"])})
 
 
 class _Loader(yaml.SafeLoader):
@@ -116,10 +173,15 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_study(path: Path) -> dict[str, Any]:
-    """The contents of a study's file; raises InputError with file and line."""
+Lines = dict[tuple[str, ...], int]
+"""Where in a file its keys stand, by the keys that lead there."""
+
+
+def read_study(path: Path) -> tuple[dict[str, Any], Lines]:
+    """The contents of a study's file, and its lines; raises InputError with file and line."""
     try:
-        found = yaml.load(path.read_text(), _Loader)
+        text = path.read_text()
+        found = yaml.load(text, _Loader)
     except OSError as e:
         raise InputError(f"cannot read {path}: {e.strerror}") from None
     except UnicodeDecodeError:
@@ -130,68 +192,129 @@ def read_study(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}{line}: {getattr(e, 'problem', None) or 'not valid YAML'}") from None
     if not isinstance(found, dict):
         raise InputError(f"{path}: expected keys such as domains: and trials:")
-    try:
+    lines = dict(_lines(yaml.compose(text, _Loader), ()))
+    with in_file(path, lines):
         check(found)
+    return found, lines
+
+
+@contextlib.contextmanager
+def in_file(path: Path, lines: Lines) -> Iterator[None]:
+    """Within this, an InputError about a key of the file names the file and the line."""
+    try:
+        yield
     except InputError as e:
-        raise InputError(f"{path}: {e}") from None
-    return found
+        known = [e.at[:n] for n in range(len(e.at), 0, -1) if e.at[:n] in lines]
+        if not known:
+            raise
+        raise InputError(f"{path}:{lines[known[0]]}: {e}") from None
+
+
+def _lines(node: Any, keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield (here := (*keys, str(key.value))), key.start_mark.line + 1
+            yield from _lines(value, here)
 
 
 def check(settings: Mapping[str, Any]) -> None:
     """Raises InputError for a key that no study has and for a value of the wrong type."""
     for key, value in settings.items():
-        if key not in _KEYS:
-            raise unknown("key", str(key), _KEYS)
-        kind = _KEYS[key]
-        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool):
-            raise InputError(f"{key} must be {_TYPES[kind]}, got {value!r}")
+        with at(str(key)):
+            kind = KEYS[one_of("key", str(key), KEYS)]
+            right = isinstance(value, (int, float) if kind is float else kind)
+            if not right or (isinstance(value, bool) and kind is not bool):
+                raise InputError(f"{key} must be {_TYPES[kind]}, got {value!r}")
 
 
-_TYPES = {str: "a word", list: "a list", int: "a whole number", float: "a number", dict: "a mapping of hyperparameters"}
+_TYPES = {
+    str: "a word", list: "a list", int: "a whole number", float: "a number", dict: "a mapping of hyperparameters",
+    bool: "true or false",
+}  # fmt: skip
 
 
 def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
     """The plan for these settings (the keys of a study's file) and texts ``path.to.field=value``.
 
-    Raises InputError for whatever cannot be run: unknown names, folders that are no domain, values out of range.
+    Raises InputError for whatever cannot be run: unknown names, folders that are no domain, values out of range. Its
+    ``at`` says which of the settings is wrong.
     """
-    model, prompt = settings.get("model", "nano"), settings.get("prompt", "box")
-    find_model(model)
+    s = settings
+    with at("model"):
+        find_model(model := s.get("model", "nano"))
     if model not in model_names():  # a file: workers may have another working directory
         model = str(Path(model).resolve())
-    if prompt not in get_args(PromptKind):
-        raise unknown("prompt", prompt, get_args(PromptKind))
-    chosen = {"prompt": prompt, **{k: settings[k] for k in ("seed", "steps", "crop") if k in settings}}
-    base = preset(model if model in PRESETS else "paper").replace(chosen)
-    given = {str(path): value for path, value in settings.get("set", {}).items()}
+    with at("prompt"):
+        prompt = one_of("prompt", s.get("prompt", "box"), get_args(PromptKind))
+    base = preset(model if model in PRESETS else "paper").replace({"prompt": prompt})
+    for key in ("seed", "steps", "crop"):
+        with at(key):
+            base = base.replace({key: s[key]} if key in s else {})
+    given = {str(path): value for path, value in s.get("set", {}).items()}
     paths = dict.fromkeys([*given, *(a.partition("=")[0] for a in assignments)], 0)
     for path in _OPTIONS:
         if path in paths:
             raise InputError(f"{path} has an option of its own: --{path}, or {path}: in a study's file")
-    space, base = make_space(settings.get("space", {}), base.replace(given))
+    for path, value in given.items():
+        with at("set", path):
+            base = base.replace({path: value})
+    space, base = make_space(s.get("space", {}), base)
     changed = base.parse(assignments)
     space = fixed(space, paths)
-    if settings.get("steps") and "eval_every" not in paths:
+    if s.get("steps") and "eval_every" not in paths:
         changed = changed.replace({"eval_every": min(changed.eval_every, max(1, changed.steps // 4))})
     _check_method(changed, space)
-    if not space and settings.get("trials", 16) > len(REFERENCES):
+    if not space and s.get("trials", 16) > len(REFERENCES):
         raise InputError("nothing is left to search: every hyperparameter has been given a value")
-    for key in ("trials", "workers"):
-        if settings.get(key, 1) < 1:
-            raise InputError(f"{key} must be at least 1, got {settings[key]}")
-    workers = settings.get("workers", 1)
-    if changed.optim.batch_size < workers:
-        raise InputError(f"{workers} workers share {changed.optim.batch_size} images a step: raise optim.batch_size")
-    domains = tuple(located(str(d), settings.get("data", "")) for d in settings.get("domains", ()))
-    loaded = _load(domains)
+    _check_numbers(s, changed)
+    with at("domains"):
+        domains = tuple(located(str(d), s.get("data", "")) for d in s.get("domains", ()))
+        loaded = _load(domains)
     for domain in loaded:
         domain.check(changed)
-    names = [d.name for d in loaded]
+        with at("objective"):
+            if s.get("objective") in ("miou", "f1") and not domain.split("val")[0].has_masks:
+                raise InputError(
+                    f"objective: the {s['objective']} of {domain.name} is not known: it has no masks on val"
+                )
+    with at("name"):
+        name = _name(s.get("name") or f"{'-'.join(d.name for d in loaded)}-{prompt}")
+    words: dict[str, Any] = {}
+    for key, kind in _NAMED.items():
+        with at(key):
+            words |= {key: one_of(key, s[key], get_args(kind))} if key in s else {}
+    with at("minimize"):
+        minimize = tuple(dict.fromkeys(one_of("minimize", str(c), get_args(Cost)) for c in s.get("minimize", ())))
+        if minimize and s.get("sampler") == "gp":
+            raise InputError("--minimize needs the sampler tpe, nsga2 or random")
+    with at("storage"):
+        storage = _storage(s.get("storage", "runs"))
+    numbers = {k: s[k] for k in ("seeds", "supervised", "optuna_study") if k in s}
+    numbers |= {k: float(s[k]) for k in ("hours", "gpu_hours", "gpus_per_worker") if k in s}
     return Plan(
-        name=_name(settings.get("name") or f"{'-'.join(names)}-{prompt}"),
-        domains=domains, model=model, trials=settings.get("trials", 16), workers=workers,
-        storage=_storage(settings.get("storage", "runs")), base=changed, space=space,
+        name=name, domains=domains, model=model, trials=s.get("trials", 16), workers=s.get("workers", 1),
+        storage=storage, base=changed, space=space, minimize=minimize, optuna=s.get("optuna", ""), **words, **numbers,
     )  # fmt: skip
+
+
+def _check_numbers(settings: Mapping[str, Any], base: Config) -> None:
+    for key in ("trials", "workers", "seeds"):
+        with at(key):
+            if settings.get(key, 1) < 1:
+                raise InputError(f"{key} must be at least 1, got {settings[key]}")
+    for key in ("hours", "gpu_hours", "gpus_per_worker"):
+        with at(key):
+            if not settings.get(key, 1) > 0:
+                raise InputError(f"{key} must be above 0, got {settings[key]}")
+    with at("gpus_per_worker"):
+        share = settings.get("gpus_per_worker", 1)
+        if share > 1 and share != int(share):
+            raise InputError(f"gpus_per_worker must be a share of one GPU or a whole number of them, got {share}")
+    with at("workers"):
+        workers = settings.get("workers", 1)
+        if base.optim.batch_size < workers:
+            size = base.optim.batch_size
+            raise InputError(f"{workers} workers share {size} images a step: raise optim.batch_size")
 
 
 def _check_method(base: Config, space: Space) -> None:

@@ -11,7 +11,7 @@ from optuna.importance import get_param_importances
 from optuna.study import create_study
 from optuna.trial import create_trial
 
-from tuning.search import distribution
+from tuning.sampler import distributions, encoded
 from tuning.space import Space
 from tuning.tracking import Trial
 
@@ -69,9 +69,9 @@ def importances(trials: Sequence[Trial], space: Space) -> str | None:
     if len(inside) < max(FEWEST_FOR_IMPORTANCE, len(space)) or len({t.best for t in inside}) < 2 or not space:
         return None
     study = create_study(direction="maximize")
-    distributions = {path: distribution(axis) for path, axis in space.items()}
     for t in inside:
-        study.add_trial(create_trial(params=t.point, distributions=distributions, value=t.best))
+        held = distributions(space, t.point)
+        study.add_trial(create_trial(params=encoded(space, t.point), distributions=held, value=t.best))
     found = get_param_importances(study)
     names = list(found)[::-1]
     figure, axes = plt.subplots(figsize=(5.2, 0.9 + 0.2 * len(names)))
@@ -93,11 +93,14 @@ def against_score(trials: Sequence[Trial], space: Space) -> str | None:
         axes.set_visible(False)
     for axes, (path, axis) in zip(grid.flat, space.items(), strict=False):
         values = [str(t.point[path]) if axis.type == "categorical" else t.point[path] for t in inside]
+        complement = axis.log == "complement"
+        values = [1 - float(v) for v in values] if complement else values
         axes.scatter(values, [t.best for t in inside], s=10, color="#1f77b4")
         if axis.log:
-            axes.set_xscale("log")
+            near_zero = {"linthresh": axis.low} if axis.zero and not complement else {}
+            axes.set_xscale("symlog" if near_zero else "log", **near_zero)
             axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_title(path, fontsize=8)
+        axes.set_title(f"1 - {path}" if complement else path, fontsize=8)
         axes.tick_params(labelsize=6)
     return _svg(figure)
 

@@ -51,17 +51,18 @@ def stop() -> None:
     ray.shutdown()
 
 
-def worker_resources() -> dict[str, float]:
-    """What one worker of a trial takes: a CPU, and a GPU where the cluster has some."""
-    return {"CPU": 1, "GPU": 1} if _cluster().get("GPU", 0) else {"CPU": 1}
+def worker_resources(gpus: float = 1.0) -> dict[str, float]:
+    """What one worker of a trial takes: a CPU and, where the cluster has some, this many GPUs or this share of one."""
+    return {"CPU": 1, "GPU": gpus} if _cluster().get("GPU", 0) else {"CPU": 1}
 
 
-def slots(workers: int) -> int:
+def slots(workers: int, gpus: float = 1.0) -> int:
     """How many trials of this many workers the cluster runs at once; raises InputError if not even one."""
     total = _cluster()
-    count = min(int(total.get(k, 0) // (v * workers)) for k, v in worker_resources().items())
+    need = worker_resources(gpus)
+    count = min(int(total.get(k, 0) / (v * workers) + 1e-9) for k, v in need.items())
     if count < 1:
-        have = ", ".join(f"{int(total.get(k, 0))} {k}" for k in worker_resources())
+        have = ", ".join(f"{int(total.get(k, 0))} {k}" for k in need)
         raise InputError(f"a trial of {workers} workers does not fit on this cluster ({have}): use fewer --workers")
     return count
 

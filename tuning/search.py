@@ -1,132 +1,107 @@
-"""Who proposes a domain's trials, Optuna after the references, and who stops them, ASHA."""
+"""What a domain's Tuner asks for its next trial: the references first, then what the Optuna study proposes."""
 
 from __future__ import annotations
 
-import math
-import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import TPESampler
-from ray.tune.experiment import Trial
-from ray.tune.schedulers import ASHAScheduler, TrialScheduler
-from ray.tune.search.optuna import OptunaSearch
+import optuna
+from optuna.trial import TrialState
+from ray.tune.search import Searcher
 
+from tuning.budget import Budget
 from tuning.plan import Plan
-from tuning.space import Axis
+from tuning.sampler import Point, ask
 from tuning.trainer import METRIC
-from wesam.config import Value
 
-Point = dict[str, Value]
+Proposal = dict[str, Any]
+"""A trial as plain data: ``number``; ``label``, what it is; ``config``, every hyperparameter by path; ``point``, where
+it lies in the space, None for one that the space does not hold; ``optuna``, its number in the Optuna study;
+``reference`` for one of :data:`tuning.plan.REFERENCES`; and for one that goes on, ``run``, its run in MLflow,
+``resume``, the path of its checkpoint, and ``state``, what the listener knew of it.
+"""
+
+LABELS = {"paper": "paper's hyperparameters", "defaults": "model's defaults"}
 
 
-class Search(OptunaSearch):
-    """Proposes the references first, whether or not they lie in the space, then variants of the model's defaults, each
-    with about half of its values drawn anew, and, once there are enough trials to learn from, what TPE thinks of.
+class Search(Searcher):
+    """Hands Optuna's trials to Tune, and Tune's results to Optuna.
 
-    A proposal is ``{"reference": name}`` or ``{"point": {path: value}}``.
+    A trial that is stopped early is PRUNED there; one that diverges or dies is FAIL, from which no sampler learns.
     """
 
     def __init__(
-        self, plan: Plan, references: Sequence[str], known: Sequence[tuple[Mapping[str, Value], float]] = ()
-    ) -> None:
-        """references: those still to be run. known: points that have been tried already, with their scores."""
-        seed = (plan.base.seed + 1_000_003 * len(known)) % 2**32  # a resumed study must not repeat its proposals
-        start = min(10, max(4, plan.trials // 2))
-        sampler = TPESampler(
-            seed=seed,
-            multivariate=True,
-            constant_liar=True,  # trials side by side keep apart
-            n_startup_trials=start,
-        )
-        space = {path: distribution(axis) for path, axis in plan.space.items()}
-        super().__init__(space=space, metric=METRIC, mode="max", sampler=sampler)
-        self._left = list(references)
-        self._points = {r: plan.point(r) for r in references}
-        self._axes, self._defaults = plan.space, plan.point("defaults")
-        self._variants = start - len(known) if self._defaults else 0
-        self._random = random.Random(seed)
-        self._own: dict[str, Point | None] = {}
-        for point, score in known:
-            self.add_evaluated_point(dict(point), score)
+        self, plan: Plan, study: optuna.Study, numbers: Sequence[int], references: Sequence[str],
+        unfinished: Sequence[Proposal], budget: Budget, stopped: Mapping[str, str],
+    ) -> None:  # fmt: skip
+        """numbers: of the new trials. references: those still to be run that the space does not hold, which Optuna
+        never sees. unfinished: trials of an earlier run, to go on with. stopped: what the scheduler has stopped, by
+        trial, and why.
+        """
+        super().__init__(metric=METRIC, mode="max")
+        self._plan, self._study, self._budget, self._stopped = plan, study, budget, stopped
+        self._numbers, self._references, self._unfinished = list(numbers), list(references), list(unfinished)
+        self._trials: dict[str, optuna.Trial] = {}
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """The next trial's proposal."""
-        if self._left:
-            reference = self._left.pop(0)
-            self._own[trial_id] = self._points[reference]
-            return {"reference": reference}
-        if self._defaults and self._variants > 0:
-            self._variants -= 1
-            drawn = {p: draw(axis, self._random) for p, axis in self._axes.items() if self._random.random() < 0.5}
-            self._own[trial_id] = point = {**self._defaults, **drawn}
-            return {"point": point}
-        return {"point": super().suggest(trial_id)}
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Ray saves its searchers again and again, and nobody ever reads that."""
+        return {}
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: what is to be kept is in the Optuna study."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: as :meth:`save`."""
+
+    def suggest(self, trial_id: str) -> Any:
+        """The next trial's proposal, or that there is none when the budget is spent."""
+        if self._unfinished:
+            return self._go_on(trial_id, self._unfinished.pop(0))
+        if self._budget.over():
+            return Searcher.FINISHED
+        number = self._numbers.pop(0)
+        if self._references:
+            return self._proposal(number, None, self._references.pop(0))
+        trial = self._study.ask()
+        self._trials[trial_id] = trial
+        point = ask(trial, self._plan.space)
+        for key, value in (("study", self._plan.name), ("number", number)):
+            trial.set_user_attr(key, value)
+        found = self._proposal(number, point, trial.user_attrs.get("reference"), trial.user_attrs.get("from"))
+        return {**found, "optuna": trial.number}
+
+    def _proposal(
+        self, number: int, point: Point | None, reference: str | None = None, source: str | None = None
+    ) -> Proposal:
+        label = LABELS[reference] if reference else f"best of {source}" if source else "searched"
+        config = self._plan.config(reference, point or {}).flat()
+        found: Proposal = {"number": number, "label": label, "config": config, "point": point}
+        return found | ({"reference": reference} if reference else {})
+
+    def _go_on(self, trial_id: str, found: Proposal) -> Proposal:
+        if "optuna" in found:
+            frozen = next(t for t in self._study.get_trials(deepcopy=False) if t.number == found["optuna"])
+            if frozen.state == TrialState.RUNNING:
+                self._trials[trial_id] = optuna.Trial(self._study, frozen._trial_id)
+        return found
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Tells Optuna how a trial is doing."""
-        if trial_id not in self._own and METRIC in result:  # one that diverged at once has no score
-            super().on_trial_result(trial_id, result)
+        trial = self._trials.get(trial_id)
+        if trial and METRIC in result and not self._plan.minimize:  # with several objectives Optuna has no place for it
+            trial.report(result[METRIC], result["step"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tells Optuna how a trial has ended; one that it has not proposed, too, if it is a point of the space."""
-        if trial_id not in self._own:
-            super().on_trial_complete(trial_id, result, error)
+        """Tells Optuna how a trial has ended."""
+        trial = self._trials.pop(trial_id, None)
+        if trial is None:
             return
-        point = self._own[trial_id]
-        if point and result and METRIC in result:
-            self.add_evaluated_point(point, result[METRIC])
-
-
-class Halving(ASHAScheduler):
-    """ASHA, which stops what is behind at an evaluation; never a reference, with which all are compared.
-
-    Nothing is judged before twice its warm-up: until then a trial has hardly moved, and its score tells nothing.
-    """
-
-    def __init__(self, plan: Plan) -> None:
-        steps, every = plan.base.steps, min(plan.base.eval_every, plan.base.steps)
-        warm = 2 * min(plan.base.optim.warmup_steps, steps // 4)
-        super().__init__(
-            time_attr="step",
-            metric=METRIC,
-            mode="max",
-            grace_period=max(1, -(-warm // every)) * every,
-            max_t=max(every, steps - 1),  # who has reached the last step is done anyway
-            reduction_factor=3,
-            stop_last_trials=False,
-        )
-        self.stopped: set[str] = set()
-
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        """Whether the trial goes on."""
-        decision = super().on_trial_result(tune_controller, trial, result)
-        last = bool(result.get("last"))
-        if decision == TrialScheduler.STOP and not last and "reference" not in trial.config:
-            self.stopped.add(trial.trial_id)
-            return decision
-        return TrialScheduler.CONTINUE
-
-
-def draw(axis: Axis, generator: random.Random) -> Value:
-    """A value of the axis at random; uniform in its logarithm where the axis is logarithmic."""
-    if axis.type == "categorical":
-        return generator.choice(axis.choices)
-    assert axis.low is not None
-    assert axis.high is not None
-    low, high = (math.log(axis.low), math.log(axis.high)) if axis.log else (axis.low, axis.high)
-    value = generator.uniform(low, high)
-    value = min(max(math.exp(value) if axis.log else value, axis.low), axis.high)
-    return round(value) if axis.type == "int" else value
-
-
-def distribution(axis: Axis) -> BaseDistribution:
-    """The axis in Optuna's words."""
-    if axis.type == "categorical":
-        return CategoricalDistribution(axis.choices)
-    assert axis.low is not None
-    assert axis.high is not None
-    if axis.type == "int":
-        return IntDistribution(int(axis.low), int(axis.high), log=axis.log)
-    return FloatDistribution(axis.low, axis.high, log=axis.log)
+        if error or not result or METRIC not in result or (not result["last"] and trial_id not in self._stopped):
+            self._study.tell(trial, state=TrialState.FAIL)
+            return
+        values = [result[METRIC], *(result[c] for c in self._plan.minimize)]
+        if trial_id in self._stopped and not self._plan.minimize:
+            trial.report(values[0], result["step"])  # Tune does not hand it on when it stops a trial
+            self._study.tell(trial, state=TrialState.PRUNED)
+        else:
+            self._study.tell(trial, values)

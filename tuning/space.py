@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from wesam.config import BOXES, Config, PromptKind, Value
-from wesam.errors import InputError, unknown
+from wesam.errors import InputError, at, one_of
 
 Kind = Literal["float", "int", "categorical"]
+Log = Literal[True, False, "complement"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +23,10 @@ class Axis:
     type: Kind
     low: float | None = None
     high: float | None = None
-    log: bool = False
+    log: Log = False
+    """Whether the logarithm is drawn uniformly; ``complement``: that of 1 - value."""
+    zero: bool = False
+    """Whether 0, which switches something off, is a value too."""
     choices: tuple[Value, ...] = ()
     prompt: PromptKind | None = None
     """``box``: searched only in a study where boxes are given."""
@@ -29,15 +35,50 @@ class Axis:
         """Whether the value lies on the axis."""
         if self.type == "categorical":
             return value in self.choices
+        low, high = self.bounds
+        return (self.zero and value == 0) or low <= float(value) <= high
+
+    def nearest(self, value: Value, otherwise: Value) -> Value:
+        """The value of the axis that is nearest to this one; otherwise: where there is no nearest."""
+        if self.holds(value):
+            return value
+        if self.type != "categorical":
+            low, high = self.bounds
+            near = min(max(float(value), low), high)
+            return round(near) if self.type == "int" else near
+        return otherwise if otherwise in self.choices else self.choices[0]
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Low and high of an axis that is no categorical."""
         assert self.low is not None
         assert self.high is not None
-        return self.low <= float(value) <= self.high
+        return self.low, self.high
+
+    def draw(self, generator: random.Random) -> Value:
+        """A value at random."""
+        if self.type == "categorical":
+            return generator.choice(self.choices)
+        if self.zero and generator.random() < 0.5:
+            return 0 if self.type == "int" else 0.0
+        low, high = self.bounds
+        value = _from_line(generator.uniform(_to_line(low, self.log), _to_line(high, self.log)), self.log)
+        value = min(max(value, low), high)
+        return round(value) if self.type == "int" else value
+
+
+def _to_line(value: float, log: Log) -> float:
+    return math.log(1 - value if log == "complement" else value) if log else value
+
+
+def _from_line(value: float, log: Log) -> float:
+    return value if not log else 1 - math.exp(value) if log == "complement" else math.exp(value)
 
 
 Space = dict[str, Axis]
 
 DEFAULT: Space = {
-    "lora.rank": Axis(type="int", low=2, high=32, log=True),
+    "lora.rank": Axis(type="int", low=2, high=64, log=True),
     "lora.targets": Axis(type="categorical", choices=("qkv", "attention", "encoder", "encoder+decoder")),
     "lora.alpha_ratio": Axis(type="float", low=0.5, high=4, log=True),
     "optim.lr": Axis(type="float", low=1e-4, high=5e-3, log=True),
@@ -47,9 +88,10 @@ DEFAULT: Space = {
     "loss.contrastive": Axis(type="float", low=0.01, high=1, log=True),
     "loss.temperature": Axis(type="float", low=0.05, high=1, log=True),
     "loss.tightness": Axis(type="float", low=0.0, high=3.0, prompt="box"),
-    "teacher.decay": Axis(type="categorical", choices=(0.0, 0.9, 0.99, 0.999)),
+    "teacher.decay": Axis(type="float", low=0.9, high=0.9999, log="complement", zero=True),
     "teacher.cut_to_box": Axis(type="categorical", choices=(False, True), prompt="box"),
     "views.strength": Axis(type="float", low=0.0, high=1.5),
+    "views.prompt_noise": Axis(type="float", low=0.0, high=0.2),
 }
 """The dice loss keeps its weight: Adam does not see a common factor of all weights, so one of them is the unit."""
 
@@ -67,16 +109,26 @@ def make_space(changes: Mapping[str, Any], base: Config) -> tuple[Space, Config]
     space = {p: a for p, a in DEFAULT.items() if a.prompt is None or base.prompt in BOXES}
     for key, change in changes.items():
         path = str(key)
-        if path in OF_THE_STUDY:
-            raise InputError(f"space: {path} is the same for all trials of a study: give it outside of space")
-        if path not in known:
-            raise unknown("hyperparameter", path, known)
-        if isinstance(change, Mapping):
-            space[path] = _axis(path, change, space.get(path) or DEFAULT.get(path), base)
-        else:
-            space.pop(path, None)
-            base = base.replace({path: change})
+        with at("space", path):
+            if path in OF_THE_STUDY:
+                raise InputError(f"space: {path} is the same for all trials of a study: give it outside of space")
+            one_of("hyperparameter", path, known)
+            if isinstance(change, Mapping):
+                space[path] = _axis(path, change, space.get(path) or DEFAULT.get(path), base)
+            else:
+                space.pop(path, None)
+                base = base.replace({path: change})
     return space, base
+
+
+def space_to_dict(space: Space) -> dict[str, Any]:
+    """The space as plain data, the same before and after JSON."""
+    return {path: {**vars(axis), "choices": list(axis.choices)} for path, axis in space.items()}
+
+
+def space_from_dict(found: Mapping[str, Any]) -> Space:
+    """The space that :func:`space_to_dict` wrote."""
+    return {p: Axis(**{**a, "choices": tuple(a["choices"])}) for p, a in found.items()}
 
 
 def fixed(space: Space, paths: Mapping[str, Value]) -> Space:
@@ -88,12 +140,12 @@ def _axis(path: str, given: Mapping[str, Any], before: Axis | None, base: Config
     where = f"space: {path}"
     names = [f.name for f in dataclasses.fields(Axis) if f.name != "prompt"]
     for name in given:
-        if name not in names:
-            raise unknown(f"key in {where}", str(name), names)
+        with at("space", path, str(name)):
+            one_of(f"key in {where}", str(name), names)
     kind: Any = given.get("type", "categorical" if "choices" in given else before.type if before else None)
     if kind not in get_args(Kind):
         raise InputError(f"{where}: type must be float, int or categorical, got {kind!r}")
-    foreign = ("low", "high", "log") if kind == "categorical" else ("choices",)
+    foreign = ("low", "high", "log", "zero") if kind == "categorical" else ("choices",)
     for name in given:
         if name in foreign:
             raise InputError(f"{where}: a {kind} has no {name}; give its type: too, to change what kind of axis it is")
@@ -113,22 +165,31 @@ def _categorical(where: str, path: str, given: Mapping[str, Any], base: Config) 
 
 
 def _range(where: str, path: str, kind: Kind, given: Mapping[str, Any], base: Config) -> Axis:
-    low, high, log = given.get("low"), given.get("high"), given.get("log", False)
+    low, high, log, zero = given.get("low"), given.get("high"), given.get("log", False), given.get("zero", False)
     for name, value in (("low", low), ("high", high)):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise InputError(f"{where}: {name} must be a number, got {value!r}")
-        if kind == "int" and not float(value).is_integer():
-            raise InputError(f"{where}: {name} must be a whole number, got {value!r}")
-        _checked(where, path, int(value) if kind == "int" else float(value), base)
+        with at("space", path, name):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise InputError(f"{where}: {name} must be a number, got {value!r}")
+            if kind == "int" and not float(value).is_integer():
+                raise InputError(f"{where}: {name} must be a whole number, got {value!r}")
+            _checked(where, path, int(value) if kind == "int" else float(value), base)
     assert low is not None
     assert high is not None
-    if not isinstance(log, bool):
-        raise InputError(f"{where}: log must be true or false, got {log!r}")
+    if log not in get_args(Log) or (isinstance(log, int | float) and not isinstance(log, bool)):
+        raise InputError(f"{where}: log must be true, false or complement, got {log!r}")
+    if not isinstance(zero, bool):
+        raise InputError(f"{where}: zero must be true or false, got {zero!r}")
     if low > high:
         raise InputError(f"{where}: low {low} is above high {high}")
-    if log and low <= 0:
+    if log is True and low <= 0:
         raise InputError(f"{where}: with log, low must be above 0, got {low}")
-    return Axis(type=kind, low=low, high=high, log=log)
+    if log == "complement" and (kind == "int" or high >= 1):
+        raise InputError(f"{where}: log: complement is for a float whose high is below 1, got {high}")
+    if zero:
+        _checked(where, path, 0 if kind == "int" else 0.0, base)
+        if low <= 0:
+            raise InputError(f"{where}: with zero, low must be above 0, got {low}")
+    return Axis(type=kind, low=low, high=high, log=log, zero=zero)
 
 
 def _checked(where: str, path: str, value: Any, base: Config) -> Value:

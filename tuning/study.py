@@ -8,7 +8,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -16,10 +16,12 @@ from typing import Any
 from mlflow.entities import Run as Stored
 
 from tuning import runtime
+from tuning.budget import Budget
 from tuning.domain import RESULT, Context, DomainSearch, study_tags
-from tuning.plan import Plan
+from tuning.plan import BUDGET, Plan
 from tuning.progress import Board
-from tuning.tracking import Run, Tracker
+from tuning.sampler import open_storage, open_study
+from tuning.tracking import Tracker
 from wesam.data import load_domain
 from wesam.errors import InputError, unknown
 
@@ -32,38 +34,47 @@ PATIENCE = 10.0
 
 
 def new_study(plan: Plan, tracker: Tracker, *, rename: bool = False) -> dict[str, Any]:
-    """Runs a study; returns its result, which is also an artifact of its MLflow run.
+    """Runs a study, or goes on with the one of this name; returns its result, which is also an artifact of its run.
 
-    rename: whether a study whose name is taken gets the next free one, ``name-2`` and so on, or is refused.
+    rename: whether a study whose name is taken gets the next free one, ``name-2`` and so on, instead. Raises InputError
+    if the one of this name differs in more than how long to search.
     """
     taken = _studies(tracker)
-    if plan.name in taken and not rename:
-        raise InputError(
-            f"there is a study {plan.name!r} at {tracker.uri} already: give another --name, "
-            f"or go on with it: python -m tuning resume {plan.name}"
-        )
-    names = (plan.name, *(f"{plan.name}-{n}" for n in range(2, len(taken) + 3)))
-    plan = replace(plan, name=next(n for n in names if n not in taken))
-    runtime.start()
-    slots = runtime.slots(plan.workers)
-    run = tracker.start(plan.name, "study", None, study_tags(plan))
-    run.attach(lambda: {PLAN: plan.to_json().encode()})
-    return _study(plan, tracker, run, slots, {})
+    if plan.name not in taken:
+        return _study(plan, tracker, None)
+    if rename:
+        free = (f"{plan.name}-{n}" for n in range(2, len(taken) + 3))
+        return _study(replace(plan, name=next(n for n in free if n not in taken)), tracker, None)
+    stored = taken[plan.name]
+    before = _plan(tracker, stored)
+    if differs := plan.differs(before):
+        raise InputError(f"there is a study {plan.name!r} with another {differs} at {tracker.uri}: give another --name")
+    return _go_on(replace(before, **{k: getattr(plan, k) for k in BUDGET}), before, tracker, stored)
 
 
-def resume_study(name: str, tracker: Tracker) -> dict[str, Any]:
-    """Goes on with a study that was stopped: finished trials count, domains that are done are left as they are."""
+def resume_study(name: str, tracker: Tracker, budget: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Goes on with a study: finished trials count, domains that are done are left as they are unless it is enlarged.
+
+    budget: what to change of :data:`tuning.plan.BUDGET`.
+    """
     stored = find_study(name, tracker)
-    if stored.info.status == "FINISHED":
-        raise InputError(f"the study {name!r} is finished: python -m tuning report {name} --out DIR shows it")
-    plan = Plan.from_json(tracker.files(stored.info.run_id, "")[PLAN].decode())
-    domains = {r.data.tags["wesam.name"]: r for r in tracker.find("domain", parent=stored.info.run_id)}
-    for given in plan.domains:
-        now = load_domain(given)
-        if now.name in domains and domains[now.name].data.tags["data"] != now.digest:
-            raise InputError(f"the data of {now.name!r} has changed since the study began: start a new study")
-    runtime.start()
-    return _study(plan, tracker, tracker.reopen(stored), runtime.slots(plan.workers), domains)
+    before = _plan(tracker, stored)
+    return _go_on(replace(before, **(budget or {})), before, tracker, stored)
+
+
+def _go_on(plan: Plan, before: Plan, tracker: Tracker, stored: Stored) -> dict[str, Any]:
+    if plan.trials < before.trials:
+        raise InputError(f"the study {plan.name!r} has {before.trials} trials per domain: it can have more, not fewer")
+    if stored.info.status == "FINISHED" and not any(getattr(plan, k) > getattr(before, k) for k in BUDGET):
+        raise InputError(
+            f"the study {plan.name!r} is finished: python -m tuning report {plan.name} --out DIR shows it, "
+            f"and python -m tuning resume {plan.name} --trials N enlarges it"
+        )
+    return _study(plan, tracker, stored)
+
+
+def _plan(tracker: Tracker, stored: Stored) -> Plan:
+    return Plan.from_json(tracker.files(stored.info.run_id, "")[PLAN].decode())
 
 
 def find_study(name: str, tracker: Tracker) -> Stored:
@@ -78,14 +89,28 @@ def _studies(tracker: Tracker) -> dict[str, Stored]:
     return {r.data.tags["wesam.name"]: r for r in tracker.find("study")}
 
 
-def _study(plan: Plan, tracker: Tracker, run: Run, slots: int, before: dict[str, Stored]) -> dict[str, Any]:
+def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any]:
+    """stored: the study's run, if it has been begun already."""
     began = time.monotonic()
     domains = [load_domain(d) for d in plan.domains]
     names = [d.name for d in domains]
+    before: dict[str, Stored] = {}
+    if stored is not None:
+        before = {r.data.tags["wesam.name"]: r for r in tracker.find("domain", parent=stored.info.run_id)}
+    for domain in domains:
+        if domain.name in before and before[domain.name].data.tags["data"] != domain.digest:
+            raise InputError(f"the data of {domain.name!r} has changed since the study began: start a new study")
+    storage = open_storage(plan.optuna_url())
+    studies = [open_study(plan, name, storage) for name in names]
+    budget = Budget(plan, _spent(tracker, before.values()))
+    runtime.start()
+    slots = runtime.slots(plan.workers, plan.gpus_per_worker)
+    run = tracker.start(plan.name, "study", None, study_tags(plan)) if stored is None else tracker.reopen(stored)
+    run.attach(lambda: {PLAN: plan.to_json().encode()})
     board = Board(names, plan.trials, plan.base.steps)
     side_by_side = min(slots, max(2, -(-slots // len(names))))
     stop = threading.Event()
-    context = Context(plan, tracker, board, run, side_by_side, stop)
+    context = Context(plan, tracker, board, run, side_by_side, budget, stop)
     board.say(
         f"study {plan.name!r}: {len(names)} domains, {plan.trials} trials each of {plan.base.steps} steps, "
         f"model {plan.model}, {plan.base.prompt} prompts, {slots} trials at once"
@@ -93,8 +118,10 @@ def _study(plan: Plan, tracker: Tracker, run: Run, slots: int, before: dict[str,
     for domain in domains:
         if domain.left_out:
             board.say(f"{domain.name}: {len(domain.left_out)} wrong annotations are left out: wesam check lists them")
-    pairs = zip(plan.domains, names, strict=True)
-    searches = [DomainSearch(context, given, name, before.get(name)) for given, name in pairs]
+    searches = [
+        DomainSearch(context, given, name, study, before.get(name))
+        for given, name, study in zip(plan.domains, names, studies, strict=True)
+    ]
     with _stoppable():
         try:
             for search in searches:
@@ -119,6 +146,7 @@ def _study(plan: Plan, tracker: Tracker, run: Run, slots: int, before: dict[str,
         "study": plan.name, "run_id": run.id, "tracking_uri": tracker.uri, "model": plan.model,
         "prompt": plan.base.prompt, "trials": plan.trials, "steps": plan.base.steps, "workers": plan.workers,
         "seed": plan.base.seed, "seconds": round(time.monotonic() - began, 1),
+        "gpu_hours": round(budget.gpu_hours(), 4),
         "gap_between_trials": {"median": statistics.median(gaps), "max": max(gaps)} if gaps else None,
         "domains": rows,
     }  # fmt: skip
@@ -128,6 +156,12 @@ def _study(plan: Plan, tracker: Tracker, run: Run, slots: int, before: dict[str,
     run.close("FAILED" if any("error" in r for r in rows) else "FINISHED")
     tracker.flush()
     return result
+
+
+def _spent(tracker: Tracker, domains: Iterable[Stored]) -> float:
+    """GPU hours of all trials until now."""
+    runs = [r for d in domains for r in tracker.find("trial", parent=d.info.run_id)]
+    return sum(r.data.metrics.get("gpu_hours", 0.0) for r in runs)
 
 
 @contextlib.contextmanager

@@ -201,6 +201,7 @@ class Trial:
 
     number: int
     run_id: str
+    label: str
     reference: str | None
     point: dict[str, Any]
     """Where in the space; empty for a reference that the space does not hold."""
@@ -209,9 +210,19 @@ class Trial:
     best: float
     """Best score on val: mIoU, or agreement where no masks are known."""
     best_step: int
-    pruned: bool
+    step: int
+    """The last one that was evaluated."""
+    ended: str
+    """``finished``, ``pruned``, ``diverged``, or ``budget``, which was spent."""
     gap: float | None
     """Seconds that the worker was idle before it."""
+    metrics: dict[str, float]
+    """The last value of each."""
+
+    @property
+    def pruned(self) -> bool:
+        """Whether it was stopped because it was behind."""
+        return self.ended == "pruned"
 
 
 def trials(tracker: Tracker, domain_run: str) -> list[Trial]:
@@ -220,17 +231,21 @@ def trials(tracker: Tracker, domain_run: str) -> list[Trial]:
     for run in tracker.find("trial", parent=domain_run):
         tags, metrics = run.data.tags, run.data.metrics
         if run.info.status == "FINISHED" and "best_step" in metrics:
+            proposal = json.loads(tags["wesam.proposal"])
             found.append(
                 Trial(
                     number=int(tags["wesam.trial"]),
                     run_id=run.info.run_id,
+                    label=proposal["label"],
                     reference=tags.get("wesam.reference"),
-                    point=json.loads(tags["wesam.point"]),
+                    point=proposal["point"] or {},
                     config=dict(run.data.params),
                     best=metrics["best_score"],
                     best_step=int(metrics["best_step"]),
-                    pruned=tags.get("pruned") == "true",
+                    step=int(metrics["last_step"]),
+                    ended=tags["ended"],
                     gap=metrics.get("gap"),
+                    metrics=dict(metrics),
                 )
             )
     return sorted(found, key=lambda t: t.number)

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs
 import ray.train
 import torch
 from ray import tune
@@ -25,6 +26,9 @@ from wesam import Config, Report, Scores, adapt, load_domain, load_sam
 
 METRIC = "best_score"
 """What is searched for and ranked by: the best val mIoU that the trial has reached so far."""
+
+COLLAPSED = 0.9
+"""A trial with more of its masks collapsed than this has diverged."""
 
 PROGRESS_FILE = "progress.json"
 """Beside the adapter in a checkpoint: the step it is from and the METRIC by then."""
@@ -56,7 +60,7 @@ class Setting:
         """The setting and the hyperparameters of a trial."""
         plan = Plan.from_json(trial["plan"])
         self = cls(plan=plan, domain=trial["domain"], direct=Scores(**trial["direct"]), resources=trial["resources"])
-        return self, plan.config(trial.get("reference"), trial.get("point", {}))
+        return self, Config().replace(trial["config"])
 
 
 @lru_cache(maxsize=4)
@@ -69,15 +73,17 @@ def source_model(name: str) -> Sam:
 def drive(trial: Mapping[str, Any], resume: Path | None, send: Send) -> None:
     """Runs a trial, or the rest of it from a checkpoint, and sends a result at each evaluation after the first step.
 
-    A loss that is no longer finite ends the trial: what it has reached before counts.
+    It ends before its last step if it diverges: if a loss is no longer finite, or if nearly all masks on val hold
+    nothing or everything and those of the source model do not. What it has reached before counts.
     """
     setting, config = Setting.of(trial)
+    plan = setting.plan
     best = json.loads((resume / PROGRESS_FILE).read_text())[METRIC] if resume else 0.0
     losses: dict[str, float] = defaultdict(float)
     seconds, waited, count = 0.0, 0.0, 0
-    reports = adapt(
-        source_model(setting.plan.model), load_domain(setting.domain), config, resume=resume, direct=setting.direct
-    )
+    sam = source_model(plan.model)
+    cuda = sam.pixel_mean.device.type == "cuda"
+    reports = adapt(sam, load_domain(setting.domain), config, resume=resume, direct=setting.direct)
     try:
         for report in reports:
             if report.step == 0:
@@ -87,15 +93,22 @@ def drive(trial: Mapping[str, Any], resume: Path | None, send: Send) -> None:
                 losses[name] += value
             if report.val is None:
                 continue
-            best = max(best, report.val.objective)
+            score = report.val.value(plan.objective)
+            best = max(best, score)
+            size = sum(p.numel() * p.element_size() for p in report.model.trainable()) / 1e6
             metrics = {f"loss.{k}": v / count for k, v in losses.items()}
-            metrics |= {f"val_{k}": v for k, v in report.val.known().items()}
-            metrics |= {"seconds_per_step": seconds / count, "waited": waited / seconds}
-            score = report.val.objective
+            metrics |= {f"val_{k}": v for k, v in report.val.known().items()} | {"val_collapsed": report.val.collapsed}
+            metrics |= {"seconds_per_step": seconds / count, "waited": waited / seconds, "adapter_mb": size}
+            metrics["images_per_second"] = config.optim.batch_size * count / seconds
+            if cuda:
+                metrics["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
             result = {"step": report.step, "last": report.step == report.steps, METRIC: best, "metrics": metrics}
+            result |= {"size": size, "seconds": seconds / count}
             # which checkpoint to keep: the best one, and of equals the first
             result |= {"score": score, "rank": score - 1e-9 * report.step}
             send(result, report)
+            if report.val.collapsed > COLLAPSED >= setting.direct.collapsed:
+                return
             losses.clear()
             seconds, waited, count = 0.0, 0.0, 0
     except FloatingPointError:
@@ -158,6 +171,10 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 def _from_checkpoint(trial: Mapping[str, Any], found: ray.train.Checkpoint | None, send: Send) -> None:
+    if found is None and "resume" in trial:  # of an earlier run of the study
+        storage = Setting.of(trial)[0].plan.storage
+        filesystem = pyarrow.fs.FileSystem.from_uri(storage)[0] if "://" in storage else None
+        found = ray.train.Checkpoint(trial["resume"], filesystem)
     with found.as_directory() if found else nullcontext() as folder:
         drive(trial, Path(folder) if folder else None, send)
 

@@ -192,7 +192,7 @@ def warmup(step: int, config: Config) -> float:
 def draw(anchor: Anchor, config: Config, step: int, method: Method, rank: int = 0, world: int = 1) -> Batch:
     """This worker's images of a step; a function of seed and step alone, so nothing is lost by a restart."""
     size = config.optim.batch_size
-    weak, strongs, prompts = [], [], []
+    weak, strongs, prompts, noisy = [], [], [], []
     masks: list[Tensor] = []
     features: list[Tensor] = []
     truths: list[Tensor] = []
@@ -211,6 +211,7 @@ def draw(anchor: Anchor, config: Config, step: int, method: Method, rank: int = 
         weak.append(view)
         strongs.append(strong(view, config.views.strength, generator))
         prompts.append(item.prompts[chosen].flipped(*flips, (view.shape[1], view.shape[2])))
+        noisy.append(prompts[-1].noisy(config.views.prompt_noise, generator))
         masks.append(answer.masks[chosen])
         features.append(answer.features[chosen])
         image.append(torch.full((len(chosen),), len(image)))
@@ -221,8 +222,9 @@ def draw(anchor: Anchor, config: Config, step: int, method: Method, rank: int = 
     stride = anchor.sam.image_encoder.img_size / all_masks.shape[-1]
     truth = torch.cat(truths).to(device) if truths else None
     return Batch(
-        weak, strongs, prompts, torch.cat(image).to(device), all_masks, torch.cat(features).to(device), truth, stride
-    )
+        weak, strongs, prompts, noisy, torch.cat(image).to(device), all_masks, torch.cat(features).to(device), truth,
+        stride,
+    )  # fmt: skip
 
 
 _ANCHORS: WeakKeyDictionary[Sam, dict[tuple[Hashable, ...], Anchor]] = WeakKeyDictionary()

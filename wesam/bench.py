@@ -101,10 +101,10 @@ def random_batch(sam: Sam, size: int, instances: int) -> Batch:
     def on(x: Tensor) -> Tensor:
         return x.to(device)
 
+    prompts = [Prompts(boxes=b) for b in boxes]
     return Batch(
-        views[0], views[1], [Prompts(boxes=b) for b in boxes], on(image), on(masks), on(features),
-        on(masks).float(), side / cells,
-    )  # fmt: skip
+        views[0], views[1], prompts, prompts, on(image), on(masks), on(features), on(masks).float(), side / cells
+    )
 
 
 def _parts(step: Callable[[], float], gpu: bool) -> dict[str, float]:

@@ -25,6 +25,8 @@ BOXES: tuple[PromptKind, ...] = ("box", "coarse-box")
 """The kinds that give the model a box."""
 Targets = Literal["qkv", "attention", "encoder", "encoder+decoder"]
 Precision = Literal["auto", "fp32", "bf16"]
+Objective = Literal["auto", "miou", "f1", "label-free"]
+"""What the best is chosen by on val; auto: mIoU where true masks are known, else the label-free score."""
 Value = int | float | bool | str
 
 
@@ -103,6 +105,12 @@ class ViewConfig(_Checked):
 
     flip: bool = _hp(True, "weak view: random horizontal and vertical flips")
     strength: float = _hp(1.0, "strength of the strong view's photometric changes; 0 is none", 0, 2)
+    prompt_noise: float = _hp(
+        0.0,
+        "student: how far corners of boxes and polygons move, in sides of the box, and the share of clicks left out; "
+        "not in the paper",
+        0, 0.5,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 
 class InputError(ValueError):
@@ -11,6 +13,26 @@ class InputError(ValueError):
 
     The command lines print it without a traceback and exit with code 2.
     """
+
+    at: tuple[str, ...] = ()
+    """Which of the things given is wrong, as the keys that lead to it, where that is known."""
+
+
+@contextlib.contextmanager
+def at(*keys: str) -> Iterator[None]:
+    """Within this, an InputError that does not say where it is says that it is here."""
+    try:
+        yield
+    except InputError as e:
+        e.at = e.at or keys
+        raise
+
+
+def one_of(kind: str, given: str, known: Iterable[str]) -> Any:
+    """The given name if it is known; raises InputError with the nearest right one if it is not."""
+    if given not in (names := tuple(known)):
+        raise unknown(kind, given, names)
+    return given
 
 
 def unknown(kind: str, given: str, known: Iterable[str]) -> InputError:

@@ -12,11 +12,15 @@ import torch
 from segment_anything.modeling import Sam
 from torch import Tensor
 
-from wesam.config import PromptKind
+from wesam.config import Objective, PromptKind
 from wesam.crops import cut, windows
 from wesam.data.domain import Sample
+from wesam.errors import InputError
 from wesam.prompts import Prompts, tight_boxes
 from wesam.sam.promptable import CHUNK, decode, encode, resize, upscale
+
+NEARLY_ALL = 0.95
+"""The share of what the model was shown, from which on a mask means nothing."""
 
 WINDOWS = 16
 """Windows encoded at once."""
@@ -46,18 +50,31 @@ class Scores:
     """The same mean of F1 = 2 TP / (2 TP + FP + FN), 0..1; None without true masks."""
     agreement: float | None = None
     """The same mean of :func:`agreement`, 0..1; None for what is no answer to prompts."""
+    collapsed: float = 0.0
+    """The same mean of the share of masks that hold nothing, or all that the model was shown."""
 
     @property
     def objective(self) -> float:
         """What an adaptation is chosen by: mIoU, or agreement where that is not known."""
-        known = self.miou if self.miou is not None else self.agreement
-        assert known is not None
-        return known
+        return self.value("auto")
 
     @property
     def chosen_by(self) -> str:
         """The name of ``objective``: ``miou`` or ``agreement``."""
-        return "miou" if self.miou is not None else "agreement"
+        return self.name("auto")
+
+    def name(self, objective: Objective) -> str:
+        """The score that this objective is: ``miou``, ``f1`` or ``agreement``."""
+        if objective == "auto":
+            return "miou" if self.miou is not None else "agreement"
+        return "agreement" if objective == "label-free" else objective
+
+    def value(self, objective: Objective) -> float:
+        """The score that this objective is; raises InputError if it is not known."""
+        found: float | None = getattr(self, self.name(objective))
+        if found is None:
+            raise InputError(f"the {objective} of these images is not known: there are no true masks")
+        return found
 
     def known(self) -> dict[str, float]:
         """The scores that are known, by name."""
@@ -74,7 +91,9 @@ class Scores:
             return float(torch.stack([each[name].mean() for each in per_image]).mean())
 
         instances = sum(len(next(iter(each.values()))) for each in per_image)
-        return cls(len(per_image), instances, mean("miou"), mean("f1"), mean("agreement"))
+        return cls(
+            len(per_image), instances, mean("miou"), mean("f1"), mean("agreement"), mean("collapsed") or 0.0
+        )  # fmt: skip
 
 
 def overlap(predicted: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,13 +209,14 @@ def measure(
 ) -> list[dict[str, Tensor]]:
     """Each image's scores by name, each [N]: miou and f1 where there are true masks, and agreement."""
     out = []
+    if crop is None:
+        crop = 0.0 if isinstance(model, Sam) else model.crop
     for i in range(len(split)):
         sample = split[i]
         given = sample.weak_labels(prompt)
         masks, _ = predict(model, sample.image, given, crop=crop)
-        out.append(
-            {**(_against(masks, sample.masks) if sample.has_masks else {}), "agreement": agreement(masks, given)}
-        )
+        known = _against(masks, sample.masks) if sample.has_masks else {}
+        out.append({**known, "agreement": agreement(masks, given), "collapsed": _collapsed(masks, given, crop)})
         if progress:
             progress(i + 1, len(split))
     return out
@@ -215,6 +235,17 @@ def baseline(kind: Literal["box", "ellipse"], split: Sequence[Sample]) -> Scores
 
 def _against(masks: Tensor, truth: Tensor) -> dict[str, Tensor]:
     return dict(zip(("miou", "f1"), overlap(masks, truth), strict=True))
+
+
+def _collapsed(masks: Tensor, prompts: Prompts, crop: float) -> Tensor:
+    """Which masks hold nothing, or nearly all of what the model was shown for them, float [N]."""
+    size = (masks.shape[1], masks.shape[2])
+    area = masks.flatten(1).sum(1).double()
+    shown = torch.full_like(area, size[0] * size[1])
+    if crop:
+        seen = windows(prompts, size, crop)
+        shown = (seen[:, 2:] - seen[:, :2]).prod(1).double()
+    return ((area == 0) | (area >= NEARLY_ALL * shown)).double()
 
 
 def _draw(kind: Literal["box", "ellipse"], box: Tensor, height: int, width: int) -> Tensor:

@@ -6,7 +6,7 @@ Coordinates are continuous pixels, x to the right and y down: the pixel in colum
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import cv2
@@ -83,6 +83,30 @@ class Prompts:
             point_labels=self.point_labels,
             polygons=None if self.polygons is None else tuple(p * sign + at for p in self.polygons),
         )
+
+    def noisy(self, amount: float, generator: torch.Generator) -> Self:
+        """The prompts as a careless person might have given them; 0 changes nothing.
+
+        Each side of a box and each corner of a polygon moves by up to this many sides of its box, uniformly. Each click
+        is left out with this probability, but never the first inside.
+        """
+        if amount == 0:
+            return self
+
+        def moves(shape: torch.Size, sides: Tensor) -> Tensor:
+            return amount * sides * (2 * torch.rand(shape, generator=generator) - 1)
+
+        if self.point_labels is not None:
+            out = torch.rand(self.point_labels.shape, generator=generator) < amount
+            first = (self.point_labels == 1).int().argmax(1)
+            out[torch.arange(len(out)), first] = False
+            return replace(self, point_labels=self.point_labels.masked_fill(out, NO_CLICK))
+        extents = self.extents()
+        sides = extents[:, 2:] - extents[:, :2]
+        if self.boxes is not None:
+            return replace(self, boxes=self.boxes + moves(self.boxes.shape, sides.repeat(1, 2)))
+        polygons = zip(self.polygons or (), sides, strict=True)
+        return replace(self, polygons=tuple(p + moves(p.shape, s) for p, s in polygons))
 
     def extents(self) -> Tensor:
         """The bounding boxes of what is given as part of the object (box, clicks inside, polygon), [N, 4]."""

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tuning.cli import main
+from tuning.listener import CHECKPOINT
 from tuning.tracking import Tracker
 
 ROOT = Path(__file__).parents[2]
@@ -87,11 +88,18 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process_and_the_study_can_g
     assert "FINISHED" in ended
     assert {r.info.status for level in ("study", "domain") for r in tracker.find(level)} == {"KILLED"}  # type: ignore[arg-type]
     assert "RUNNING" not in ended
+    interrupted = {
+        r.info.run_id for r in tracker.find("trial") if r.info.status == "KILLED" and CHECKPOINT in r.data.tags
+    }
 
     done = subprocess.run([*tune, "resume", "s"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     finished = [r for r in tracker.find("trial") if r.info.status == "FINISHED"]
     assert sorted(int(r.data.tags["wesam.trial"]) for r in finished) == [1, 2, 3, 4]
+    assert interrupted <= {r.info.run_id for r in finished}, "what had a checkpoint goes on in its own run"
+    for run in interrupted:
+        steps = [m.step for m in tracker.client.get_metric_history(run, "val_miou")]
+        assert steps == list(range(7)), "and from its checkpoint, not from the beginning"
     assert {r.info.status for level in ("study", "domain") for r in tracker.find(level)} == {"FINISHED"}  # type: ignore[arg-type]
     tracker.close()

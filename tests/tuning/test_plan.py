@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tuning.plan import DEMO, Plan, make_plan, read_study
+from tuning.plan import DEMO, Plan, in_file, make_plan, read_study
 from tuning.space import DEFAULT, Axis
 from wesam.config import Config, preset
 from wesam.errors import InputError
@@ -36,11 +36,11 @@ def test_a_plan_is_the_same_after_its_json() -> None:
 def test_the_kind_of_an_axis_can_be_changed() -> None:
     space = plan(space={"lora.rank": {"choices": [2, 4]}}).space
     assert space["lora.rank"] == Axis(type="categorical", choices=(2, 4))
-    space = plan(space={"teacher.decay": {"type": "float", "low": 0.9, "high": 0.99}}).space
-    assert (space["teacher.decay"].type, space["teacher.decay"].low) == ("float", 0.9)
+    space = plan(space={"teacher.decay": {"choices": [0.0, 0.9]}}).space
+    assert (space["teacher.decay"].type, space["teacher.decay"].choices) == ("categorical", (0.0, 0.9))
     assert plan(space={"lora.rank": {"high": 8}}).space["lora.rank"] == Axis(type="int", low=2, high=8, log=True)
     with pytest.raises(InputError, match="a categorical has no low"):
-        plan(space={"teacher.decay": {"low": 0.9}})
+        plan(space={"lora.targets": {"low": 0.9}})
 
 
 def test_what_has_an_option_is_given_by_it() -> None:
@@ -111,13 +111,23 @@ def test_a_reference_outside_of_the_space_has_no_point_in_it() -> None:
         ({"space": {"steps": 10}}, "same for all trials"),
         ({"space": {"lora.rank": {"lo": 1}}}, "did you mean 'low'"),
         ({"space": {"lora.rank": {"low": 0}}}, r"lora.rank: rank must lie in \[1, 256\]"),
-        ({"space": {"lora.rank": {"low": 40}}}, "low 40 is above high 32"),
+        ({"space": {"lora.rank": {"low": 80}}}, "low 80 is above high 64"),
         ({"space": {"lora.rank": {"low": 1.5}}}, "whole number"),
         ({"space": {"optim.lr": {"low": 0}}}, "with log, low must be above 0"),
         ({"space": {"optim.lr": {"type": "real"}}}, "type must be"),
         ({"space": {"lora.targets": {"choices": ["qvk"]}}}, "did you mean 'qkv'"),
         ({"space": {"lora.targets": {"choices": []}}}, "needs choices"),
         ({"space": {"views.strength": None}}, "strength must be a number"),
+        ({"space": {"teacher.decay": {"high": 1.0}}}, "high is below 1"),
+        ({"space": {"teacher.decay": {"zero": 1}}}, "zero must be true or false"),
+        ({"space": {"optim.lr": {"log": 1}}}, "log must be true, false or complement"),
+        ({"sampler": "tpf"}, "did you mean 'tpe'"),
+        ({"scheduler": "hyperband"}, "unknown scheduler"),
+        ({"objective": "iou"}, "did you mean 'miou'"),
+        ({"minimize": ["time"]}, "unknown minimize"),
+        ({"hours": 0.0}, "hours must be above 0"),
+        ({"gpus_per_worker": 1.5}, "a share of one GPU or a whole number"),
+        ({"seeds": 0}, "seeds must be at least 1"),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
@@ -131,17 +141,28 @@ def test_what_cannot_be_run_is_refused_in_one_line(settings: dict[str, Any], mes
     [
         ("trials: [", r"study.yaml:1"),
         ("- a\n- b", "expected keys"),
-        ("trails: 3", "did you mean 'trials'"),
-        ("trials: three", "trials must be a whole number"),
+        ("name: x\ntrails: 3", r"study.yaml:2: .* did you mean 'trials'"),
+        ("trials: three", r"study.yaml:1: trials must be a whole number"),
         ("domains: clean", "domains must be a list"),
+        ("domains: [clean]\nspace:\n  lora.rank:\n    low: 4\n    hihg: 3", r"study.yaml:5: .* did you mean 'high'"),
+        ("domains: [clean]\nspace:\n  lora.rank: {low: 4, high: 3}", r"study.yaml:3: space: lora.rank: low 4 is above"),
+        ("domains: [clean]\nset:\n  lora.rnk: 4", r"study.yaml:3: .* did you mean 'lora.rank'"),
+        ("name: x\n\ndomains: [clean, clean]", r"study.yaml:3: the domain 'clean' is given twice"),
+        ("domains: [clean]\nsampler: tpf", r"study.yaml:2: .* did you mean 'tpe'"),
         ("\x00", "study.yaml"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "study.yaml"
     path.write_text(text)
+
+    def read() -> None:
+        found, lines = read_study(path)
+        with in_file(path, lines):
+            make_plan(found, [])
+
     with pytest.raises(InputError, match=message):
-        read_study(path)
+        read()
 
 
 def test_a_study_can_be_a_file(tmp_path: Path) -> None:
@@ -150,7 +171,7 @@ def test_a_study_can_be_a_file(tmp_path: Path) -> None:
         "name: mine\ndomains: [clean, medical]\ntrials: 4\nset: {loss.iou: 0.5}\n"
         "space:\n  optim.lr: {low: 1e-3, high: 1e-2}\n  optim.weight_decay: {type: float, low: 0.0, high: 0.1}\n"
     )
-    made = make_plan(read_study(path), [])
+    made = make_plan(read_study(path)[0], [])
     assert made.domains == ("clean", "medical")
     assert (made.space["optim.lr"].low, made.space["optim.lr"].log) == (1e-3, True)
     assert "optim.weight_decay" in made.space

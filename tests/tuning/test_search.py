@@ -7,93 +7,252 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import optuna
 import pytest
+from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
 
+from tuning.budget import Budget
 from tuning.plan import REFERENCES, Plan, make_plan
-from tuning.search import Halving, Search, draw
-from tuning.space import Axis
+from tuning.sampler import ask, catch_up, distributions, encoded, enqueue, open_storage, open_study
+from tuning.schedulers import make_scheduler
+from tuning.search import Search
+from tuning.space import DEFAULT, Axis
+from tuning.tracking import Trial
+from wesam.errors import InputError
 
 
-@pytest.fixture
-def plan(tmp_path: Path) -> Plan:
-    settings = {"domains": ["camouflaged"], "steps": 8, "trials": 6, "storage": str(tmp_path)}
-    return make_plan(settings, ["eval_every=2"])
+def make(tmp_path: Path, **settings: Any) -> Plan:
+    given = {"domains": ["camouflaged"], "steps": 8, "trials": 6, "storage": str(tmp_path), "name": "s"}
+    return make_plan({**given, **settings}, ["eval_every=2"])
 
 
-def result(score: float, step: int) -> dict[str, Any]:
-    return {"best_score": score, "step": step, "training_iteration": step, "last": step == 8}
+def begin(plan: Plan, **changed: Any) -> tuple[Search, optuna.Study, dict[str, str]]:
+    study = open_study(plan, "camouflaged", open_storage(plan.optuna_url()))
+    enqueue(study, plan, REFERENCES)
+    stopped: dict[str, str] = {}
+    given: dict[str, Any] = {"numbers": range(1, 100), "references": (), "unfinished": (), "budget": Budget(plan)}
+    return Search(plan, study, stopped=stopped, **{**given, **changed}), study, stopped
 
 
-def test_the_references_come_first_and_then_points_of_the_space(plan: Plan) -> None:
-    search = Search(plan, REFERENCES)
-    assert search.suggest("a") == {"reference": "paper"}
-    assert search.suggest("b") == {"reference": "defaults"}
+def result(score: float, step: int, **more: Any) -> dict[str, Any]:
+    return {"best_score": score, "step": step, "training_iteration": step, "last": step == 8, **more}
+
+
+def test_the_references_come_first_and_then_points_of_the_space(tmp_path: Path) -> None:
+    plan = make(tmp_path)
+    search, _, _ = begin(plan)
+    first, second = search.suggest("a"), search.suggest("b")
+    assert [(p["number"], p["reference"]) for p in (first, second)] == [(1, "paper"), (2, "defaults")]
+    assert first["config"] == plan.config("paper", {}).flat()
+    assert second["config"] == plan.base.flat()
     for name, score in (("a", 0.5), ("b", 0.6)):
         search.on_trial_result(name, result(score, 8))
         search.on_trial_complete(name, result(score, 8))
     proposal = search.suggest("c")
-    assert proposal is not None
+    assert "reference" not in proposal
     assert set(proposal["point"]) == set(plan.space)
     assert all(plan.space[p].holds(v) for p, v in proposal["point"].items())
+    assert proposal["config"] == plan.config(None, proposal["point"]).flat()
 
 
-def test_the_search_begins_around_the_defaults(plan: Plan) -> None:
-    search, defaults = Search(plan, ()), plan.point("defaults")
+def test_the_search_begins_around_the_defaults(tmp_path: Path) -> None:
+    plan = make(tmp_path, trials=12)
+    search, _, _ = begin(plan)
+    defaults = plan.point("defaults")
     assert defaults is not None
     shares = []
-    for i in range(4):
-        proposal = search.suggest(str(i))
-        assert proposal is not None
-        point = proposal["point"]
+    for i in range(6):
+        point = search.suggest(str(i))["point"]
         assert set(point) == set(plan.space)
         assert all(plan.space[p].holds(v) for p, v in point.items())
         shares.append(sum(point[p] == v for p, v in defaults.items()) / len(defaults))
         search.on_trial_complete(str(i), result(0.5, 8))
-    assert 0.3 < sum(shares) / 4 < 0.85
-    learned = search.suggest("tpe")
-    assert learned is not None
-    assert set(learned["point"]) == set(plan.space)
+    assert 0.3 < sum(shares[2:]) / 4 < 0.85
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "random"])
+def test_every_sampler_proposes_what_lies_in_the_space(sampler: str, tmp_path: Path) -> None:
+    plan = make(tmp_path, sampler=sampler, trials=8)
+    search, study, _ = begin(plan)
+    for i in range(9):
+        point = search.suggest(str(i))["point"]
+        assert all(plan.space[p].holds(v) for p, v in point.items()), point
+        search.on_trial_result(str(i), result(0.5 + 0.01 * i, 4))
+        search.on_trial_complete(str(i), result(0.5 + 0.01 * i, 8))
+    assert len({str(t.params) for t in study.trials}) == 9
+
+
+def test_costs_are_made_small_as_well(tmp_path: Path) -> None:
+    plan = make(tmp_path, minimize=["size", "seconds"])
+    search, study, stopped = begin(plan)
+    for i in range(7):
+        search.suggest(str(i))
+        search.on_trial_result(str(i), result(0.5, 4, size=1.0, seconds=2.0))
+        stopped[str(i)] = "pruned"
+        search.on_trial_complete(str(i), result(0.5, 4, size=1.0, seconds=2.0))
+    assert [d.name for d in study.directions] == ["MAXIMIZE", "MINIMIZE", "MINIMIZE"]
+    assert study.trials[0].values == [0.5, 1.0, 2.0]
+    with pytest.raises(InputError, match="--minimize needs the sampler"):
+        make(tmp_path, minimize=["size"], sampler="gp")
+
+
+def test_optuna_is_told_how_each_trial_ended(tmp_path: Path) -> None:
+    search, study, stopped = begin(make(tmp_path))
+    for name in "abcde":
+        search.suggest(name)
+    search.on_trial_result("a", result(0.4, 4))
+    search.on_trial_result("a", result(0.5, 8))
+    search.on_trial_complete("a", result(0.5, 8))
+    stopped["b"] = "pruned"
+    search.on_trial_complete("b", result(0.2, 4))
+    search.on_trial_complete("c", result(0.3, 4))  # neither at its end nor stopped: it has diverged
+    search.on_trial_complete("d", {"done": True})  # nothing was reported at all
+    search.on_trial_complete("e", error=True)
+    states = [t.state for t in study.trials[:5]]
+    assert states == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.FAIL, TrialState.FAIL]
+    assert study.trials[0].intermediate_values == {4: 0.4, 8: 0.5}
+    assert study.trials[1].intermediate_values == {4: 0.2}
+    assert study.trials[0].user_attrs == {"study": "s", "number": 1, "reference": "paper"}
+
+
+def test_several_studies_can_share_one_of_optunas_if_they_search_the_same(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/shared.db"
+    one = make(tmp_path, name="one", optuna=url, optuna_study="both")
+    two = make(tmp_path, name="two", optuna=url, optuna_study="both")
+    first, study, _ = begin(one)
+    second, _, _ = begin(two)
+    for i, search in enumerate((first, second, first, second)):
+        search.suggest(str(i))
+        search.on_trial_complete(str(i), result(0.5, 8))
+    assert {t.user_attrs["study"] for t in study.trials if t.state == TrialState.COMPLETE} == {"one", "two"}
+    with pytest.raises(InputError, match="'both-camouflaged' exists with another space"):
+        begin(make(tmp_path, optuna=url, optuna_study="both", space={"lora.rank": 4}))
+
+
+@pytest.mark.parametrize(
+    "url", ["sqlite:////dev/null/x.db", "nonsense", "postgresql://127.0.0.1:9/x", "mysql+nonsense://x"]
+)
+def test_a_storage_that_cannot_be_reached_is_one_line(url: str) -> None:
+    with pytest.raises(InputError, match=r"Optuna storage|needs a package") as e:
+        open_storage(url)
+    assert "\n" not in str(e.value)
+
+
+def test_an_interrupted_study_goes_on_in_optuna(tmp_path: Path) -> None:
+    """A finished trial that Optuna has missed is told, one that is gone on with stays, one that is lost has failed."""
+    plan = make(tmp_path)
+    search, study, _ = begin(plan)
+    proposals = [search.suggest(str(i)) for i in range(3)]
+    search.on_trial_complete("0", result(0.5, 8))
+    done = Trial(
+        number=7, run_id="", label="searched", reference=None, point=proposals[2]["point"], config={}, best=0.7,
+        best_step=8, step=8, ended="finished", gap=None, metrics={},
+    )  # fmt: skip
+    unfinished = {**proposals[1], "run": "r", "resume": "path", "state": {}}
+    catch_up(study, plan, [done], [unfinished])
+    enqueue(study, plan, [])
+    states = {t.user_attrs.get("number"): t.state for t in study.trials}
+    assert states[1] == TrialState.COMPLETE
+    assert states[2] == TrialState.RUNNING
+    assert states[3] == TrialState.FAIL
+    assert states[7] == TrialState.COMPLETE
+    again = Search(plan, study, range(8, 10), (), [unfinished], Budget(plan), {})
+    assert again.suggest("x") == unfinished
+    again.on_trial_result("x", result(0.6, 8))
+    again.on_trial_complete("x", result(0.6, 8))
+    assert study.trials[1].value == 0.6
+    assert again.suggest("y")["number"] == 8
+
+
+def test_a_budget_that_is_spent_ends_the_search(tmp_path: Path) -> None:
+    plan = make(tmp_path, gpu_hours=1e-9, hours=1.0)
+    budget = Budget(plan)
+    search, _, _ = begin(plan, budget=budget)
+    assert search.suggest("a")["number"] == 1
+    budget.begin("camouflaged", "a")
+    assert budget.over()
+    assert search.suggest("b") == Searcher.FINISHED
+    scheduler = make_scheduler(plan, budget)
+    trial: Any = SimpleNamespace(trial_id="a", config={"reference": "paper"})
+    scheduler.on_trial_add(None, trial)
+    assert scheduler.on_trial_result(None, trial, result(0.5, 2)) == TrialScheduler.STOP
+    assert scheduler.stopped == {"a": "budget"}
+    assert budget.end("camouflaged", "a") > 0
+    assert budget.gpu_hours() == pytest.approx(budget.gpu_hours()), "nothing runs, nothing is spent"
+    assert Budget(make(tmp_path, hours=1e-9)).over()
+    assert not Budget(make(tmp_path)).over()
+
+
+def test_a_point_is_the_same_after_optuna(tmp_path: Path) -> None:
+    plan = make(tmp_path)
+    study = optuna.create_study()
+    generator = random.Random(0)
+    for _ in range(20):
+        point = {path: axis.draw(generator) for path, axis in plan.space.items()}
+        assert set(encoded(plan.space, point)) == set(distributions(plan.space, point))
+        study.enqueue_trial(encoded(plan.space, point))
+        again = ask(study.ask(), plan.space)
+        for path, value in point.items():
+            assert again[path] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value), path
 
 
 def test_draws_fill_an_axis_to_its_ends() -> None:
     generator = random.Random(0)
-    drawn = [draw(Axis(type="int", low=1, high=4, log=True), generator) for _ in range(200)]
+    drawn = [Axis(type="int", low=1, high=4, log=True).draw(generator) for _ in range(200)]
     assert set(drawn) == {1, 2, 3, 4}
-    found = [draw(Axis(type="float", low=1e-4, high=1.0, log=True), generator) for _ in range(400)]
+    found = [float(Axis(type="float", low=1e-4, high=1.0, log=True).draw(generator)) for _ in range(400)]
     assert 0.4 < sum(v < 1e-2 for v in found) / 400 < 0.6, "half of the draws in half of the decades"
-    assert {draw(Axis(type="categorical", choices=(False, True)), generator) for _ in range(20)} == {False, True}
+    assert {Axis(type="categorical", choices=(False, True)).draw(generator) for _ in range(20)} == {False, True}
+    decays = [float(DEFAULT["teacher.decay"].draw(generator)) for _ in range(400)]
+    assert all(d == 0 or 0.9 <= d <= 0.9999 for d in decays)
+    assert 0.4 < sum(d == 0 for d in decays) / 400 < 0.6
+    assert 0.2 < sum(d > 0.997 for d in decays) / 400 < 0.3, "half of the rest in half of the decades of 1 - decay"
 
 
-def test_a_seed_decides_the_proposals_and_a_resumed_study_makes_others(plan: Plan) -> None:
-    tried = plan.point("paper")
-    assert tried is not None
-    first, again, later = Search(plan, ()), Search(plan, ()), Search(plan, (), [(tried, 0.5)])
-    assert first.suggest("a") == again.suggest("a")
-    assert first.suggest("b") != later.suggest("b")
+def test_a_seed_decides_the_proposals_and_a_study_that_goes_on_makes_others(tmp_path: Path) -> None:
+    def points(folder: str) -> list[Any]:
+        search, _, _ = begin(make(tmp_path / folder, sampler="random"))
+        return [search.suggest(str(i))["point"] for i in range(4)]
+
+    first = points("a")
+    assert first == points("b")
+    later = points("a")
+    assert not [p for p in later[2:] if p in first]
 
 
-def test_a_trial_without_any_result_does_no_harm(plan: Plan) -> None:
-    search = Search(plan, ())
-    search.suggest("a")
-    search.on_trial_result("a", {"done": True})
-    search.on_trial_complete("a", {"done": True})
-    assert search.suggest("b")
+@pytest.mark.parametrize("name", ["asha", "median"])
+def test_what_is_behind_is_stopped_but_never_a_reference_nor_before_it_has_warmed_up(name: str, tmp_path: Path) -> None:
+    plan = make(tmp_path, scheduler=name)
+    scheduler = make_scheduler(plan, Budget(plan))
+
+    class Found(SimpleNamespace):
+        __hash__ = object.__hash__  # type: ignore[assignment]
+
+    def on_result(trial: Any, score: float, step: int) -> str:
+        return scheduler.on_trial_result(None, trial, result(score, step))
+
+    goods = []
+    for i in range(3):
+        good: Any = Found(trial_id=f"good{i}", config={"point": {}})
+        scheduler.on_trial_add(None, good)  # type: ignore[arg-type]
+        assert on_result(good, 0.9, 4) == TrialScheduler.CONTINUE
+        goods.append(good)
+    paper: Any = Found(trial_id="paper", config={"reference": "paper"})
+    bad: Any = Found(trial_id="bad", config={"point": {}})
+    for t in (paper, bad):
+        scheduler.on_trial_add(None, t)  # type: ignore[arg-type]
+    assert on_result(paper, 0.1, 4) == TrialScheduler.CONTINUE
+    assert on_result(bad, 0.1, 2) == TrialScheduler.CONTINUE
+    assert on_result(bad, 0.1, 4) == TrialScheduler.STOP
+    assert scheduler.stopped == {"bad": "pruned"}
+    assert on_result(goods[0], 0.1, 8) == TrialScheduler.CONTINUE
 
 
-def test_what_is_behind_is_stopped_but_never_a_reference_nor_before_it_has_warmed_up(plan: Plan) -> None:
-    halving = Halving(plan)
-
-    def trial(name: str, config: dict[str, Any]) -> Any:
-        made = SimpleNamespace(trial_id=name, config=config)
-        halving.on_trial_add(None, made)
-        return made
-
-    good = trial("good", {"point": {}})
-    assert halving.on_trial_result(None, good, result(0.9, 4)) == TrialScheduler.CONTINUE
-    paper, bad = trial("paper", {"reference": "paper"}), trial("bad", {"point": {}})
-    assert halving.on_trial_result(None, paper, result(0.1, 4)) == TrialScheduler.CONTINUE
-    assert halving.on_trial_result(None, bad, result(0.1, 2)) == TrialScheduler.CONTINUE
-    assert halving.on_trial_result(None, bad, result(0.1, 4)) == TrialScheduler.STOP
-    assert halving.stopped == {"bad"}
-    assert halving.on_trial_result(None, good, result(0.1, 8)) == TrialScheduler.CONTINUE
+def test_none_stops_nothing(tmp_path: Path) -> None:
+    plan = make(tmp_path, scheduler="none")
+    scheduler = make_scheduler(plan, Budget(plan))
+    for i in range(9):
+        trial: Any = SimpleNamespace(trial_id=str(i), config={"point": {}})
+        assert scheduler.on_trial_result(None, trial, result(1 - 0.1 * i, 4)) == TrialScheduler.CONTINUE

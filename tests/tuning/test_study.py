@@ -71,10 +71,13 @@ def test_trials_of_one_worker_share_their_actors(small: Path, tmp_path: Path, tr
     assert "| small | test |" in (tmp_path / "report" / report.TABLE).read_text()
     assert (tmp_path / "report" / "overlay-small.png").stat().st_size > 1000
 
-    with pytest.raises(InputError, match="there is a study 's'"):
-        new_study(make(small, tmp_path), tracker)
-    with pytest.raises(InputError, match="is finished"):
-        resume_study("s", tracker)
+    with pytest.raises(InputError, match="there is a study 's' with another base"):
+        new_study(make(small, tmp_path, seed=1), tracker)
+    for again in (lambda: new_study(make(small, tmp_path), tracker), lambda: resume_study("s", tracker)):
+        with pytest.raises(InputError, match="is finished"):
+            again()
+    with pytest.raises(InputError, match="it can have more, not fewer"):
+        resume_study("s", tracker, {"trials": 3, "hours": 1.0, "gpu_hours": 9.0})
     with pytest.raises(InputError, match="unknown study 't'"):
         resume_study("t", tracker)
 

@@ -19,12 +19,14 @@ from wesam.errors import InputError
 def test_runs_are_nested_and_closed_and_none_is_globally_active(tracker: Tracker) -> None:
     study = tracker.start("s", "study", None, {"seed": "0"})
     domain = tracker.start("d", "domain", study, {})
-    done = tracker.start("d 1", "trial", domain, {"wesam.trial": "1", "wesam.point": "{}"})
+    done = tracker.start(
+        "d 1", "trial", domain, {"wesam.trial": "1", "wesam.proposal": '{"label": "searched", "point": null}'}
+    )
     done.log({"val_miou": 0.5}, step=2, params={"lora.rank": 4})
-    done.log({"val_miou": 0.6, "best_score": 0.6, "best_step": 4}, step=4)
+    done.log({"val_miou": 0.6, "best_score": 0.6, "best_step": 4, "last_step": 4}, step=4, tags={"ended": "finished"})
     done.attach(lambda: {"a.txt": b"a"}, "adapter")
     done.close()
-    tracker.start("d 2", "trial", domain, {"wesam.trial": "2", "wesam.point": "{}"})
+    tracker.start("d 2", "trial", domain, {"wesam.trial": "2"})
     assert mlflow.active_run() is None
     tracker.close("KILLED")
 

@@ -119,3 +119,23 @@ def test_specks_and_full_images_have_labels_of_every_kind() -> None:
     masks[1] = True
     for kind in KINDS:
         assert len(weak_labels(masks, kind, "x")) == 2
+
+
+def test_noise_moves_boxes_and_leaves_clicks_out_but_never_all_of_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    boxes = Prompts(boxes=torch.tensor([[10.0, 20, 30, 60]]).repeat(200, 1))
+    assert boxes.noisy(0, generator) is boxes
+    moved = boxes.noisy(0.1, generator).boxes
+    assert moved is not None
+    assert boxes.boxes is not None
+    off = (moved - boxes.boxes).abs()
+    assert (off <= torch.tensor([2.0, 4, 2, 4])).all()
+    assert (off.amax(0) > 0.9 * torch.tensor([2.0, 4, 2, 4])).all()
+    labels = torch.tensor([[1, 1, 0, 0]]).repeat(200, 1)
+    clicks = Prompts(points=torch.zeros(200, 4, 2), point_labels=labels).noisy(0.5, generator)
+    assert clicks.point_labels is not None
+    assert (clicks.point_labels[:, 0] == 1).all()
+    assert 0.4 < (clicks.point_labels[:, 1:] == -1).float().mean() < 0.6
+    polygon = Prompts(polygons=(torch.tensor([[0.0, 0], [10, 0], [10, 20]]),)).noisy(0.1, generator).polygons
+    assert polygon is not None
+    assert not torch.equal(polygon[0], torch.tensor([[0.0, 0], [10, 0], [10, 20]]))

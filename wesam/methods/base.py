@@ -22,6 +22,8 @@ class Batch:
     """The same images with changed colours: the strong view, for the student."""
     prompts: list[Prompts]
     """One entry per image, in pixels of the views."""
+    noisy: list[Prompts]
+    """The same prompts as the student is given them."""
     image: Tensor
     """int [N]: which image a prompt belongs to."""
     anchor_masks: Tensor

@@ -26,7 +26,7 @@ def losses(model: AdaptedSam, batch: Batch, config: Config) -> dict[str, Tensor]
             teacher_map = encode(model.teacher, batch.weak)
             teacher = decode(model.teacher, teacher_map, batch.prompts).logits
         student_map = encode(model.sam, batch.strong)
-        student = decode(model.sam, student_map, batch.prompts)
+        student = decode(model.sam, student_map, batch.noisy)
 
     boxes = None
     if c.tightness or t.cut_to_box:

@@ -1,0 +1,198 @@
+"""A domain's Optuna study: where it is kept, what proposes, and how a point of the space is written in it."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState, create_trial
+
+from tuning.plan import Plan
+from tuning.space import Axis, Space, space_to_dict
+from tuning.tracking import Trial
+from wesam.config import Value
+from wesam.errors import InputError
+
+Point = dict[str, Value]
+"""Dotted path -> value, for every axis of the space."""
+
+Params = dict[str, Any]
+"""The same as Optuna has it: some axes are two parameters there."""
+
+COST_METRICS = {"size": "adapter_mb", "seconds": "seconds_per_step"}
+"""What a cost is called in MLflow."""
+
+
+def open_storage(url: str) -> RDBStorage:
+    """The database with the Optuna studies, made if it is not there; raises InputError if it cannot be reached."""
+    try:
+        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None)
+    except ImportError as e:
+        raise InputError(f"--optuna {url} needs a package that is not installed: {e}") from None
+    except Exception as e:  # every database has errors of its own
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise InputError(f"cannot reach the Optuna storage {url}: {why[:200]}") from None
+
+
+def open_study(plan: Plan, domain: str, storage: RDBStorage) -> optuna.Study:
+    """The Optuna study of this domain in this study, ``NAME-DOMAIN``, which may hold trials of other jobs too.
+
+    Raises InputError if one of that name has another space, objective or data.
+    """
+    name = f"{plan.optuna_study or plan.name}-{domain}"
+    directions: list[Any] = ["maximize", *("minimize" for _ in plan.minimize)]
+    study = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
+    study.sampler = make_sampler(plan, len(study.get_trials(deepcopy=False)))
+    about = {
+        "space": space_to_dict(plan.space),
+        "score": plan.objective,
+        "prompt": plan.base.prompt,
+        "model": plan.model,
+    }
+    before = study.user_attrs.get("about")
+    if before is None:
+        study.set_user_attr("about", about)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that names are experimental
+            study.set_metric_names(["score", *plan.minimize])
+    elif before != about:
+        changed = next(k for k in about if before.get(k) != about[k])
+        raise InputError(f"the Optuna study {name!r} exists with another {changed}: give another name")
+    return study
+
+
+def make_sampler(plan: Plan, known: int) -> BaseSampler:
+    """The plan's sampler; known: how many trials there are already, or a resumed study would repeat its proposals."""
+    seed = (plan.base.seed + 1_000_003 * known) % 2**32
+    start = startup(plan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that groups are experimental
+        if plan.sampler == "tpe":
+            return TPESampler(
+                seed=seed,
+                multivariate=True,
+                group=True,  # parameters that are there only with others
+                constant_liar=True,  # trials side by side keep apart
+                n_startup_trials=start,
+            )
+        if plan.sampler == "gp":
+            return GPSampler(seed=seed, n_startup_trials=start, warn_independent_sampling=False)
+        if plan.sampler == "nsga2":
+            return NSGAIISampler(seed=seed, population_size=start)
+        return RandomSampler(seed=seed)
+
+
+def startup(plan: Plan) -> int:
+    """Trials before the sampler has enough to learn from."""
+    return min(10, max(4, plan.trials // 2))
+
+
+def enqueue(study: optuna.Study, plan: Plan, references: Iterable[str]) -> None:
+    """Has the study begin with the references that lie in the space, what other studies found best, and variants of the
+    model's defaults, each with about half of its values drawn anew.
+    """
+    known = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("study") == plan.name]
+    waiting = {t.user_attrs.get("reference") for t in known if t.state == TrialState.WAITING}
+    first = 0
+    for reference in references:
+        point = plan.point(reference)
+        if point is not None and reference not in waiting:
+            first += 1
+            attrs = {"reference": reference, "study": plan.name}
+            study.enqueue_trial(encoded(plan.space, point), user_attrs=attrs)
+    if known:  # the rest is in the queue since the study began
+        return
+    for source, flat in plan.warm:
+        point = plan.nearest(flat)
+        first += 1
+        study.enqueue_trial(encoded(plan.space, point), user_attrs={"from": source, "study": plan.name})
+    defaults = plan.point("defaults")
+    if defaults is None or plan.sampler == "random":
+        return
+    generator = random.Random(plan.base.seed)
+    for _ in range(startup(plan) - first):
+        drawn = {p: axis.draw(generator) for p, axis in plan.space.items() if generator.random() < 0.5}
+        study.enqueue_trial(encoded(plan.space, {**defaults, **drawn}), user_attrs={"study": plan.name})
+
+
+def catch_up(study: optuna.Study, plan: Plan, done: Iterable[Trial], unfinished: Iterable[Mapping[str, Any]]) -> None:
+    """Tells the study what became of the trials of an earlier run, whatever it missed of that.
+
+    unfinished: proposals of :class:`tuning.search.Search` that are gone on with.
+    """
+    going_on = {p.get("optuna") for p in unfinished}
+    known = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("study") == plan.name]
+    for t in known:
+        if t.state == TrialState.RUNNING and t.number not in going_on:
+            study.tell(t.number, state=TrialState.FAIL)
+    numbers = {t.user_attrs.get("number") for t in known if t.state in (TrialState.COMPLETE, TrialState.PRUNED)}
+    for trial in done:
+        if trial.number not in numbers and trial.point and trial.ended != "diverged":
+            values = [trial.best, *(trial.metrics[COST_METRICS[c]] for c in plan.minimize)]
+            attrs = {"study": plan.name, "number": trial.number}
+            study.add_trial(
+                create_trial(
+                    state=TrialState.COMPLETE, values=values, params=encoded(plan.space, trial.point),
+                    distributions=distributions(plan.space, trial.point), user_attrs=attrs,
+                )
+            )  # fmt: skip
+
+
+def ask(trial: optuna.Trial, space: Space) -> Point:
+    """The point that the trial is to try."""
+    return {path: _suggest(trial, path, axis) for path, axis in space.items()}
+
+
+def encoded(space: Space, point: Mapping[str, Value]) -> Params:
+    """The point in Optuna's parameters."""
+    return {name: value for path, axis in space.items() for name, (_, value) in _coded(path, axis, point[path]).items()}
+
+
+def distributions(space: Space, point: Mapping[str, Value]) -> dict[str, BaseDistribution]:
+    """Those of the parameters that the point has."""
+    return {name: d for path, axis in space.items() for name, (d, _) in _coded(path, axis, point[path]).items()}
+
+
+def _suggest(trial: optuna.Trial, path: str, axis: Axis) -> Value:
+    if axis.zero and not trial.suggest_categorical(f"{path} > 0", (False, True)):
+        return 0 if axis.type == "int" else 0.0
+    name, d = _parameter(path, axis)
+    if isinstance(d, CategoricalDistribution):
+        return cast(Value, trial.suggest_categorical(name, d.choices))
+    if isinstance(d, IntDistribution):
+        return trial.suggest_int(name, d.low, d.high, log=d.log)
+    value = trial.suggest_float(name, d.low, d.high, log=d.log)
+    return _round(1 - value) if axis.log == "complement" else value
+
+
+def _coded(path: str, axis: Axis, value: Value) -> dict[str, tuple[BaseDistribution, Any]]:
+    out: dict[str, tuple[BaseDistribution, Any]] = {}
+    if axis.zero:
+        out[f"{path} > 0"] = CategoricalDistribution((False, True)), value != 0
+        if value == 0:
+            return out
+    name, distribution = _parameter(path, axis)
+    return out | {name: (distribution, _round(1 - float(value)) if axis.log == "complement" else value)}
+
+
+def _parameter(path: str, axis: Axis) -> tuple[str, CategoricalDistribution | IntDistribution | FloatDistribution]:
+    """The name and the range of what Optuna draws."""
+    if axis.type == "categorical":
+        return path, CategoricalDistribution(axis.choices)
+    low, high = axis.bounds
+    if axis.type == "int":
+        return path, IntDistribution(int(low), int(high), log=bool(axis.log))
+    if axis.log == "complement":
+        return f"1 - {path}", FloatDistribution(_round(1 - high), _round(1 - low), log=True)
+    return path, FloatDistribution(low, high, log=bool(axis.log))
+
+
+def _round(value: float) -> float:
+    """Without what subtracting from 1 leaves at the end: 1 - 0.9 is 0.1."""
+    return float(f"{value:.12g}")

@@ -1,0 +1,73 @@
+"""What stops trials early: those that are behind, and all when the budget is spent."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+
+from tuning.budget import Budget
+from tuning.plan import Plan
+from tuning.trainer import METRIC
+
+
+class Stopping(TrialScheduler):
+    """Beside one of Tune's schedulers: never stops a reference, with which all are compared, nor one at its last step.
+
+    When the budget is spent, it stops whatever has been evaluated.
+    """
+
+    def watch(self, budget: Budget) -> None:
+        """To be called once, before the first trial."""
+        self._budget = budget
+        self.stopped: dict[str, str] = {}
+        """Trial -> ``pruned`` or ``budget``."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Whether the trial goes on."""
+        decision = super().on_trial_result(tune_controller, trial, result)
+        if result.get("last"):
+            return TrialScheduler.CONTINUE
+        if self._budget.over():
+            self.stopped[trial.trial_id] = "budget"
+            return TrialScheduler.STOP
+        if decision == TrialScheduler.STOP and "reference" not in trial.config:
+            self.stopped[trial.trial_id] = "pruned"
+            return TrialScheduler.STOP
+        return TrialScheduler.CONTINUE
+
+
+class Halving(Stopping, ASHAScheduler):
+    """Asynchronous successive halving."""
+
+
+class Median(Stopping, MedianStoppingRule):
+    """Stops what is below the median of the others' averages."""
+
+
+class Patient(Stopping, FIFOScheduler):
+    """Stops nothing early."""
+
+
+def make_scheduler(plan: Plan, budget: Budget) -> Stopping:
+    """The plan's scheduler, on optimisation steps, so that the number of workers does not matter.
+
+    Nothing is judged before twice the warm-up: until then a trial has hardly moved, and its score tells nothing.
+    """
+    steps, every = plan.base.steps, min(plan.base.eval_every, plan.base.steps)
+    warm = 2 * min(plan.base.optim.warmup_steps, steps // 4)
+    common: dict[str, Any] = {
+        "time_attr": "step", "metric": METRIC, "mode": "max", "grace_period": max(1, -(-warm // every)) * every
+    }  # fmt: skip
+    made: Stopping
+    if plan.scheduler == "asha":
+        last = max(every, steps - 1)  # who has reached the last step is done anyway
+        made = Halving(**common, max_t=last, reduction_factor=3, stop_last_trials=False)
+    elif plan.scheduler == "median":
+        made = Median(**common, min_time_slice=sys.maxsize)  # and none is paused for others to catch up
+    else:
+        made = Patient()  # type: ignore[no-untyped-call]
+    made.watch(budget)
+    return made
