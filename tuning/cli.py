@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tuning.plan import BUDGET, COLUMNS, DEMO, KEYS, Lines, check, in_file, make_plan, read_study
 from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, guarded, json_file, program, table, write_json
-from wesam.errors import InputError
+from wesam.errors import InputError, at
 from wesam.sam import model_names
 
 URI_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -69,6 +70,7 @@ def _parser() -> Parser:
     p.add_argument(
         "--crop", type=float, metavar="K", help="show the model a square around each prompt, K times as long"
     )
+    p.add_argument("--from", metavar="STUDY", help="begin with the best that this study has found on its domains")
     p.add_argument("--sampler", metavar="S", help="who proposes: tpe, gp, nsga2 or random (default: tpe)")
     p.add_argument("--scheduler", metavar="S", help="who stops what is behind: asha, median or none (default: asha)")
     p.add_argument(
@@ -129,7 +131,15 @@ def _run(args: argparse.Namespace) -> None:
         check(settings | given)
         plan = make_plan(settings | given, args.set)
     chosen = args.name or (args.study and "name" in settings)
-    _study(args, lambda study, tracker: study.new_study(plan, tracker, rename=not chosen))
+    begin_with = (settings | given).get("from")
+
+    def run(study: Any, tracker: Any) -> dict[str, Any]:
+        with in_file(args.study, lines), at("from"):
+            warm = study.best_of(begin_with, tracker) if begin_with else ()
+        found: dict[str, Any] = study.new_study(replace(plan, warm=warm), tracker, rename=not chosen)
+        return found
+
+    _study(args, run)
 
 
 def _resume(args: argparse.Namespace) -> None:
@@ -173,9 +183,9 @@ def summary(result: dict[str, Any]) -> str:
     rows = [{"domain": r["domain"], **{title: r.get(key) for key, title in COLUMNS.items()}} for r in result["domains"]]
     gap = result["gap_between_trials"]
     lines = ["mIoU on test:", table(rows), ""]
-    unknown = [r["domain"] for r in result["domains"] if r.get("score") == "agreement"]
+    unknown = [r["domain"] for r in result["domains"] if r.get("score") == "label_free"]
     if unknown:
-        lines[-1:] = [f"{', '.join(unknown)}: no masks are known; the scores are agreement with the weak labels", ""]
+        lines[-1:] = [f"{', '.join(unknown)}: no masks are known; the scores are label-free", ""]
     for r in result["domains"]:
         lines.append(f"{r['domain']}: {'failed: ' + r['error'] if 'error' in r else r['outcome']}")
         if r.get("version"):

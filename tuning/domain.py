@@ -118,7 +118,7 @@ class DomainSearch(threading.Thread):
         return {
             k: Scores(
                 int(metrics[f"{k}_images"]), int(metrics[f"{k}_instances"]), metrics.get(f"{k}_miou"),
-                metrics.get(f"{k}_f1"), metrics.get(f"{k}_agreement"), metrics[f"{k}_collapsed"],
+                metrics.get(f"{k}_f1"), metrics.get(f"{k}_label_free"), metrics[f"{k}_collapsed"],
             )
             for k in keys
         }  # fmt: skip

@@ -68,7 +68,8 @@ def _references(task: Task) -> tuple[dict[str, Scores], int]:
     for split in ("val", "test"):
         if domain.split(split)[0].has_masks:
             found[f"ellipse_{split}"] = baseline("ellipse", domain.split(split))
-        found[f"direct_{split}"] = evaluate(sam, domain.split(split), task.base.scored_with, crop=task.base.crop)
+        prompt, crop = task.base.scored_with, task.base.crop
+        found[f"direct_{split}"] = evaluate(sam, domain.split(split), prompt, crop=crop, label_free=split == "val")
     return found, domain.vanished(task.base, sam.image_encoder.img_size)
 
 

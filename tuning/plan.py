@@ -27,7 +27,7 @@ REFERENCES = ("paper", "defaults")
 MARGIN = 0.001
 """By how much val mIoU must be above Direct's: a tenth of a point is no reason to carry an adapter around."""
 
-WORDS = {"miou": "mIoU", "f1": "F1", "agreement": "agreement"}
+WORDS = {"miou": "mIoU", "f1": "F1", "label_free": "label-free score"}
 """What a score is called."""
 
 COLUMNS = {

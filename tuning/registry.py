@@ -25,7 +25,7 @@ class Entry:
     run_id: str
     tags: dict[str, str]
     """study, model, prompt, data (digest), val_miou, test_miou, direct_test_miou, domain_given; where no masks are
-    known, score is ``agreement`` and those are val_agreement, ..."""
+    known, score is ``label_free`` and those are val_label_free, ..."""
 
 
 def promote(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str]) -> tuple[int, str]:
@@ -46,6 +46,8 @@ def promote(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str])
         return int(client.create_model_version(name, source, run_id, tags=dict(tags)).version)
 
     before = champion(tracker, domain)
+    if before and before.run_id == run_id:
+        return before.version, f"still champion, as version {before.version}"
     version = tracker.later(register).result()
     score = f"val_{tags.get('score', 'miou')}"
     val = float(tags[score])

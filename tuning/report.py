@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import spearmanr
+
 from tuning import plots
 from tuning.domain import PICTURE, RESULT
+from tuning.listener import ENDED
 from tuning.plan import COLUMNS, WORDS, Plan
 from tuning.study import PLAN, find_study
 from tuning.tracking import Tracker, Trial, trials
@@ -26,7 +30,28 @@ class Part:
     row: dict[str, Any]
     trials: list[Trial]
     curves: dict[int, plots.Curve]
+    trust: Trust | None
     picture: bytes | None
+
+
+@dataclass(frozen=True)
+class Trust:
+    """How well the label-free score would have chosen, where masks are known to tell."""
+
+    spearman: float
+    """Rank correlation, over the trials, of the best label-free score of each with the mIoU on val at that step."""
+    regret: float
+    """The best mIoU on val of all evaluations, Direct's too, less that of the one with the best label-free score."""
+
+    @classmethod
+    def of(cls, direct: tuple[float, float], trials: Sequence[Sequence[tuple[float, float]]]) -> Trust | None:
+        """From (label-free score, mIoU) of Direct and of each trial's evaluations; None for fewer than three trials."""
+        chosen = [max(t) for t in trials if t]
+        everything = [direct, *(e for t in trials for e in t)]
+        if len(chosen) < 3 or len({s for s, _ in chosen}) < 2 or len({m for _, m in chosen}) < 2:
+            return None
+        spearman = float(spearmanr([s for s, _ in chosen], [m for _, m in chosen]).statistic)
+        return cls(spearman, max(m for _, m in everything) - max(everything)[1])
 
 
 @dataclass(frozen=True)
@@ -52,13 +77,20 @@ def collect(tracker: Tracker, name: str) -> Collected:
 
 def _part(tracker: Tracker, row: dict[str, Any]) -> Part:
     found = trials(tracker, row["run_id"])
-    curves: dict[int, plots.Curve] = {
-        t.number: sorted(
-            (m.step, m.value) for m in tracker.client.get_metric_history(t.run_id, f"val_{row['val']['score']}")
-        )
-        for t in found
-    }
-    return Part(row, found, curves, tracker.files(row["run_id"], "").get(PICTURE))
+
+    def curve(trial: Trial, score: str) -> plots.Curve:
+        return sorted((m.step, m.value) for m in tracker.client.get_metric_history(trial.run_id, f"val_{score}"))
+
+    curves = {t.number: curve(t, row["val"]["score"]) for t in found}
+    pairs = [_pairs(curve(t, "label_free"), curve(t, "miou")) for t in found]
+    trust = Trust.of(pairs[0][0], [p[1:] for p in pairs]) if pairs and all(pairs) else None
+    return Part(row, found, curves, trust, tracker.files(row["run_id"], "").get(PICTURE))
+
+
+def _pairs(scores: plots.Curve, mious: plots.Curve) -> list[tuple[float, float]]:
+    """Both scores of each evaluation that has both; the first is Direct's, at step 0."""
+    known = dict(mious)
+    return [(score, known[step]) for step, score in scores if step in known]
 
 
 def write(found: Collected, out: Path) -> None:
@@ -87,6 +119,7 @@ def _markdown(found: Collected) -> str:
     head = ["domain", "split", "score", *COLUMNS.values()]
     lines = [" | ".join(r) for r in (head, ["---"] * len(head), *_cells(found))]
     told = [f"- {p.row['domain']}: {p.row['outcome']}" for p in found.parts]
+    told += [f"- {p.row['domain']}: {_trusted(p.trust)}" for p in found.parts if p.trust]
     return f"# Study {found.result['study']}\n\n{_about(found)}\n\n" + "\n".join(
         [*(f"| {line} |" for line in lines), "", *told, ""]
     )
@@ -128,6 +161,8 @@ def _page(found: Collected) -> str:
 def _domain(part: Part, plan: Plan) -> str:
     row, val = part.row, part.row["val"]
     out = [f"<h2>{escape(row['domain'])}</h2><p>{escape(row['outcome'])}</p>"]
+    told = [_trusted(part.trust) if part.trust else None, _warmth(part.trials)]
+    out += [f"<p>{escape(text)}</p>" for text in told if text]
     if part.picture:
         data = base64.b64encode(part.picture).decode()
         out.append(f'<img alt="before and after adaptation" src="data:image/png;base64,{data}">')
@@ -143,11 +178,34 @@ def _domain(part: Part, plan: Plan) -> str:
     return "".join(out)
 
 
+def _trusted(trust: Trust) -> str:
+    return (
+        f"Without masks: over the trials, the label-free score and mIoU on val have a rank correlation (Spearman) of "
+        f"{trust.spearman:.2f}; choosing by it would have cost {100 * trust.regret:.1f} points of mIoU on val."
+    )
+
+
+def _warmth(trials: Sequence[Trial]) -> str | None:
+    """What the trials that other studies gave were worth, by the search's own trials after them."""
+    given = [t for t in trials if t.label.startswith("best of ")]
+    if not given:
+        return None
+    best = max(given, key=lambda t: t.best)
+    own = [t for t in trials if t not in given and t.reference is None]
+    behind = next((i for i, t in enumerate(own) if t.best >= best.best), None)
+    said = f"Warm start: trial {best.number}, the {best.label}, has {best.best:.3f} on val; "
+    if behind is None:
+        return said + f"none of the search's own {len(own)} trials is as good."
+    needed = sum(t.step for t in own[: behind + 1])
+    return said + f"the search's own trials took {behind + 1} and {needed} steps to be as good."
+
+
 def _trials(part: Part, plan: Plan) -> str:
     head = ["trial", "best on val", "at step", "", *plan.space]
     rows = []
     for t in sorted(part.trials, key=lambda t: -t.best):
-        note = t.reference or ("stopped early" if t.pruned else "")
+        named = t.label if t.reference or t.label.startswith("best of ") else ""
+        note = ", ".join(n for n in (named, ENDED.get(t.ended, "")) if n)
         rows.append(
             [str(t.number), _number(t.best), str(t.best_step), note, *(_short(t.config[p]) for p in plan.space)]
         )

@@ -22,6 +22,7 @@ from tuning.plan import BUDGET, Plan
 from tuning.progress import Board
 from tuning.sampler import open_storage, open_study
 from tuning.tracking import Tracker
+from wesam.config import Config, Value
 from wesam.data import load_domain
 from wesam.errors import InputError, unknown
 
@@ -75,6 +76,16 @@ def _go_on(plan: Plan, before: Plan, tracker: Tracker, stored: Stored) -> dict[s
 
 def _plan(tracker: Tracker, stored: Stored) -> Plan:
     return Plan.from_json(tracker.files(stored.info.run_id, "")[PLAN].decode())
+
+
+def best_of(name: str, tracker: Tracker) -> tuple[tuple[str, dict[str, Value]], ...]:
+    """The best configurations that a study has found, each with where: ``STUDY/DOMAIN``; for :attr:`Plan.warm`."""
+    files = tracker.files(find_study(name, tracker).info.run_id, "")
+    rows = json.loads(files[RESULT])["domains"] if RESULT in files else []
+    texts = {f"{name}/{row['domain']}": row["config"] for row in rows if row.get("config")}
+    if not texts:
+        raise InputError(f"the study {name!r} has found nothing to begin with: no domain has a best trial yet")
+    return tuple((where, Config().parse([f"{k}={v}" for k, v in t.items()]).flat()) for where, t in texts.items())
 
 
 def find_study(name: str, tracker: Tracker) -> Stored:

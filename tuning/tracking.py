@@ -208,7 +208,7 @@ class Trial:
     config: dict[str, str]
     """Every hyperparameter, as text."""
     best: float
-    """Best score on val: mIoU, or agreement where no masks are known."""
+    """Best score on val: mIoU, or label-free where no masks are known."""
     best_step: int
     step: int
     """The last one that was evaluated."""

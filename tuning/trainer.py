@@ -83,7 +83,8 @@ def drive(trial: Mapping[str, Any], resume: Path | None, send: Send) -> None:
     seconds, waited, count = 0.0, 0.0, 0
     sam = source_model(plan.model)
     cuda = sam.pixel_mean.device.type == "cuda"
-    reports = adapt(sam, load_domain(setting.domain), config, resume=resume, direct=setting.direct)
+    domain = load_domain(setting.domain)
+    reports = adapt(sam, domain, config, resume=resume, direct=setting.direct, label_free=True)
     try:
         for report in reports:
             if report.step == 0:

@@ -23,7 +23,7 @@ from torch.profiler import record_function
 
 from wesam.adapters import AdaptedSam
 from wesam.anchor import Anchor
-from wesam.config import Config
+from wesam.config import Config, Objective
 from wesam.data.domain import Domain
 from wesam.errors import InputError
 from wesam.evaluate import Scores, measure
@@ -63,12 +63,14 @@ class Report:
 
 
 def adapt(
-    sam: Sam, domain: Domain, config: Config, *, resume: Path | None = None, direct: Scores | None = None
-) -> Iterator[Report]:
+    sam: Sam, domain: Domain, config: Config, *, resume: Path | None = None, direct: Scores | None = None,
+    label_free: bool = False,
+) -> Iterator[Report]:  # fmt: skip
     """Adapts the SAM to the domain's train split; yields a report before the first step and after every one.
 
     sam: the frozen source model, never changed. resume: a folder written by :meth:`Report.save` under the same
-    configuration. direct: the source model's scores on val, if known, to save computing them again.
+    configuration. direct: the source model's scores on val, if known, to save computing them again. label_free: whether
+    the scores on val are to have the label-free one where there are true masks, too.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if config.optim.batch_size < world:
@@ -82,7 +84,8 @@ def adapt(
     val = domain.split("val")
 
     def scores() -> Scores:
-        return _gathered(measure(model, val if world == 1 else val[rank::world], config.scored_with), len(val))
+        mine = val if world == 1 else val[rank::world]
+        return _gathered(measure(model, mine, config.scored_with, label_free=label_free), len(val))
 
     done = _restore(resume, model, optimizer) if resume else 0
     if done == 0:
@@ -164,16 +167,17 @@ class Best:
 
 
 def keep_best(
-    reports: Iterable[Report], directory: Path, *, watch: Callable[[Report, bool], None] | None = None
-) -> Best:
+    reports: Iterable[Report], directory: Path, *, objective: Objective = "auto",
+    watch: Callable[[Report, bool], None] | None = None,
+) -> Best:  # fmt: skip
     """Drives an adaptation to its end and leaves its best adapter in the folder.
 
-    watch: called with every report and whether it was the best so far. Whatever ends the run early, an interrupt too,
-    leaves the best adapter until then.
+    objective: the score on val that the best one is chosen by. watch: called with every report and whether it was the
+    best so far. Whatever ends the run early, an interrupt too, leaves the best adapter until then.
     """
     best: Best | None = None
     for report in reports:
-        better = report.val is not None and (best is None or report.val.objective > best.val.objective)
+        better = report.val is not None and (best is None or report.val.value(objective) > best.val.value(objective))
         if report.val is not None and better:
             report.model.save(directory)
             best = Best(report.step, report.val, best.direct if best else report.val)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from wesam.adapters import AdaptedSam
 from wesam.anchor import Anchor
 from wesam.bench import bench_step
 from wesam.compare import compare, cross
-from wesam.config import PRESETS, Config, PromptKind, method_preset, preset
+from wesam.config import PRESETS, Config, Objective, PromptKind, method_preset, preset
 from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, guarded, json_file, table, write_json
 from wesam.data import NOTES, PUBLISHED, SPLITS, Domain, Split, load_domain, located
 from wesam.data.domain import Unusable
@@ -131,6 +131,7 @@ def _parser() -> Parser:
     p.add_argument(
         "--baseline", choices=("box", "ellipse"), help="score this drawing of the given box instead of a model"
     )
+    p.add_argument("--label-free", action="store_true", help="give the score that needs no masks, too")
     result(p)
 
     p = command("adapt", _adapt, "Adapt a model to a domain; keep the adapter that is best on val.")
@@ -140,6 +141,10 @@ def _parser() -> Parser:
     crop(p, "default: the preset's")
     p.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: the model's own)")
     p.add_argument("--steps", type=int, help="optimisation steps")
+    p.add_argument(
+        "--objective", choices=get_args(Objective), default="auto",
+        help="what the best step is chosen by on val; auto: mIoU, but label-free without masks (default: auto)",
+    )  # fmt: skip
     most(p)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument(
@@ -309,10 +314,13 @@ def _given(args: argparse.Namespace, split: Split) -> Callable[[int], Prompts]:
 def _evaluate(args: argparse.Namespace) -> None:
     domain = _domain(args)
     split = domain.split(args.split)
-    _ = split[0].masks  # without them there is no mIoU
+    if not args.label_free:
+        _ = split[0].masks  # without them there is no mIoU
     if args.baseline:
         if len(args.prompt) > 1:
             raise InputError("--baseline draws in the given box: leave the other kinds of --prompt away")
+        if args.label_free:
+            raise InputError("--label-free scores answers to prompts, and --baseline gives none")
         model, name, crop = None, f"{args.baseline} (no model)", 0.0
     else:
         model, name = _model(args), args.model
@@ -320,10 +328,14 @@ def _evaluate(args: argparse.Namespace) -> None:
     rows = []
     for kind in args.prompt:
         progress = _progress(f"evaluating with {kind} prompts")
-        scores = evaluate(model, split, kind, crop=crop, progress=progress) if model else baseline(args.baseline, split)
+        if model:
+            scores = evaluate(model, split, kind, crop=crop, label_free=args.label_free, progress=progress)
+        else:
+            scores = baseline(args.baseline, split)
         rows.append({
             "domain": domain.name, "model": name, "adapter": str(args.adapter) if args.adapter else None,
-            "prompt": kind, "split": args.split, **dataclasses.asdict(scores), **({"crop": crop} if crop else {}),
+            "prompt": kind, "split": args.split, "images": scores.images, "instances": scores.instances,
+            **scores.known(), **({"crop": crop} if crop else {}),
         })  # fmt: skip
     print(table(rows))
     write_json(args.json, rows if len(rows) > 1 else rows[0])
@@ -350,13 +362,16 @@ def _adapt(args: argparse.Namespace) -> None:
         curve.append({"step": report.step, **report.val.known(), **report.losses})
         _line("")
         kept = "  kept" if better else ""
-        what = "mIoU" if report.val.chosen_by == "miou" else report.val.chosen_by
-        print(f"{done}  val {what} {report.val.objective:.3f}  {time.monotonic() - began:.0f} s{kept}", flush=True)
+        score = report.val.name(args.objective)
+        what, value = "mIoU" if score == "miou" else score, report.val.value(args.objective)
+        print(f"{done}  val {what} {value:.3f}  {time.monotonic() - began:.0f} s{kept}", flush=True)
 
-    best = keep_best(adapt(sam, domain, config), args.out, watch=watch)
+    reports = adapt(sam, domain, config, label_free=args.objective == "label-free")
+    best = keep_best(reports, args.out, objective=args.objective, watch=watch)
     row = {
         "domain": domain.name, "model": args.model, "method": method, "prompt": args.prompt, "crop": config.crop,
-        "score": best.val.chosen_by, "direct": best.direct.objective, "best": best.val.objective, "step": best.step,
+        "score": best.val.name(args.objective), "direct": best.direct.value(args.objective),
+        "best": best.val.value(args.objective), "step": best.step,
         "adapter": str(args.out),
     }  # fmt: skip
     print(table([row]))

@@ -63,7 +63,7 @@ def cross(
     *,
     watch: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """Test scores (mIoU; without masks, agreement) with each kind of prompt, of the unadapted model and of the best
+    """Test scores (mIoU; without masks, label-free) with each kind of prompt, of the unadapted model and of the best
     checkpoint of each kind trained on.
 
     configs: by the kind of prompt that they train on. A row for Direct and one for each of these, with the mean over

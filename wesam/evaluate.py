@@ -1,5 +1,5 @@
 """mIoU and F1 per instance, averaged per image and then over images, with masks compared at the image's own size; and
-how well masks agree with the weak labels, which can be known without true masks.
+a score that can be known without true masks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from wesam.data.domain import Sample
 from wesam.errors import InputError
 from wesam.prompts import Prompts, tight_boxes
 from wesam.sam.promptable import CHUNK, decode, encode, resize, upscale
+from wesam.views import flip
 
 NEARLY_ALL = 0.95
 """The share of what the model was shown, from which on a mask means nothing."""
@@ -48,26 +49,26 @@ class Scores:
     """Mean over images of the mean IoU of the image's instances, 0..1; None without true masks."""
     f1: float | None
     """The same mean of F1 = 2 TP / (2 TP + FP + FN), 0..1; None without true masks."""
-    agreement: float | None = None
-    """The same mean of :func:`agreement`, 0..1; None for what is no answer to prompts."""
+    label_free: float | None = None
+    """The same mean of :func:`label_free`, 0..1; None where it was not asked for."""
     collapsed: float = 0.0
     """The same mean of the share of masks that hold nothing, or all that the model was shown."""
 
     @property
     def objective(self) -> float:
-        """What an adaptation is chosen by: mIoU, or agreement where that is not known."""
+        """What an adaptation is chosen by: mIoU, or the label-free score where that is not known."""
         return self.value("auto")
 
     @property
     def chosen_by(self) -> str:
-        """The name of ``objective``: ``miou`` or ``agreement``."""
+        """The name of ``objective``: ``miou`` or ``label_free``."""
         return self.name("auto")
 
     def name(self, objective: Objective) -> str:
-        """The score that this objective is: ``miou``, ``f1`` or ``agreement``."""
+        """The score that this objective is: ``miou``, ``f1`` or ``label_free``."""
         if objective == "auto":
-            return "miou" if self.miou is not None else "agreement"
-        return "agreement" if objective == "label-free" else objective
+            return "miou" if self.miou is not None else "label_free"
+        return "label_free" if objective == "label-free" else objective
 
     def value(self, objective: Objective) -> float:
         """The score that this objective is; raises InputError if it is not known."""
@@ -78,7 +79,7 @@ class Scores:
 
     def known(self) -> dict[str, float]:
         """The scores that are known, by name."""
-        named = {"miou": self.miou, "f1": self.f1, "agreement": self.agreement}
+        named = {"miou": self.miou, "f1": self.f1, "label_free": self.label_free}
         return {k: v for k, v in named.items() if v is not None}
 
     @classmethod
@@ -92,7 +93,7 @@ class Scores:
 
         instances = sum(len(next(iter(each.values()))) for each in per_image)
         return cls(
-            len(per_image), instances, mean("miou"), mean("f1"), mean("agreement"), mean("collapsed") or 0.0
+            len(per_image), instances, mean("miou"), mean("f1"), mean("label_free"), mean("collapsed") or 0.0
         )  # fmt: skip
 
 
@@ -103,14 +104,24 @@ def overlap(predicted: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     return both / (total - both), 2 * both / total
 
 
-def agreement(masks: Tensor, prompts: Prompts) -> Tensor:
-    """How well masks, bool [N, H, W], agree with the weak labels that they answer, [N], 0..1.
+RING = 3.0
+"""The part of the image beside an object from which the clicks beside it were drawn, in areas of the object."""
 
-    Boxes: IoU of the mask's tight box and the given one. Polygons: IoU of the mask and the polygon filled. Clicks: the
-    shares of those on the object that lie in the mask and of those beside it that do not, averaged.
+
+def label_free(masks: Tensor, prompts: Prompts, mirrored: Tensor | None = None) -> Tensor:
+    """How right masks, bool [N, H, W], seem by the weak labels that they answer alone, [N], 0..1; no truth is asked.
+
+    mirrored: the masks for the mirrored image, mirrored back; asked for with boxes. The score is, with
+
+    - boxes: IoU of the mask's tight box and the given one, times IoU of the mask and the mirrored one. The first says
+      nothing about what happens inside the box; the second alone would reward masks that hold nothing, or everything.
+    - clicks: the IoU that they let expect, r / (1 + RING * f), where r of the clicks on the object lie in the mask and
+      f of those beside it.
+    - polygons: IoU of the mask and the polygon filled.
     """
     if prompts.boxes is not None:
-        return _box_iou(tight_boxes(masks).double(), prompts.boxes.double())
+        inside = _box_iou(tight_boxes(masks).double(), prompts.boxes.double())
+        return inside if mirrored is None else inside * _same(masks, mirrored)
     if prompts.polygons is not None:
         return overlap(masks, prompts.filled((masks.shape[1], masks.shape[2])))[0]
     assert prompts.points is not None
@@ -118,12 +129,16 @@ def agreement(masks: Tensor, prompts: Prompts) -> Tensor:
     place = prompts.points.floor().long()
     x, y = place[..., 0].clamp(0, masks.shape[2] - 1), place[..., 1].clamp(0, masks.shape[1] - 1)
     hit = masks[torch.arange(len(masks))[:, None], y, x]
-    shares = []
-    for label, right in ((1, hit), (0, ~hit)):
-        there = prompts.point_labels == label
-        share = (right & there).sum(1).double() / there.sum(1).clamp(min=1)
-        shares.append(torch.where(there.any(1), share, torch.nan))
-    return torch.stack(shares).nanmean(0)
+    on, beside = prompts.point_labels == 1, prompts.point_labels == 0
+    recalled = (hit & on).sum(1).double() / on.sum(1).clamp(min=1)
+    wrong = (hit & beside).sum(1).double() / beside.sum(1).clamp(min=1)
+    return recalled / (1 + RING * wrong)
+
+
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    """IoU of masks, both bool [N, H, W], pair by pair -> [N]; 1 where both are empty."""
+    both, either = (a & b).flatten(1).sum(1).double(), (a | b).flatten(1).sum(1).double()
+    return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
 
 def _box_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -190,13 +205,15 @@ def evaluate(
     prompt: PromptKind,
     *,
     crop: float | None = None,
+    label_free: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """The model's scores on these images with prompts of this kind; crop: as :func:`predict` has it.
 
-    Without true masks, only the agreement with the weak labels is known.
+    label_free: whether the label-free score is wanted too, which with boxes takes twice as long; where there are no
+    true masks, it is the only one.
     """
-    return Scores.of(measure(model, split, prompt, crop=crop, progress=progress))
+    return Scores.of(measure(model, split, prompt, crop=crop, label_free=label_free, progress=progress))
 
 
 def measure(
@@ -205,9 +222,10 @@ def measure(
     prompt: PromptKind,
     *,
     crop: float | None = None,
+    label_free: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Each image's scores by name, each [N]: miou and f1 where there are true masks, and agreement."""
+    """Each image's scores by name, each [N]; the arguments are those of :func:`evaluate`."""
     out = []
     if crop is None:
         crop = 0.0 if isinstance(model, Sam) else model.crop
@@ -215,11 +233,23 @@ def measure(
         sample = split[i]
         given = sample.weak_labels(prompt)
         masks, _ = predict(model, sample.image, given, crop=crop)
-        known = _against(masks, sample.masks) if sample.has_masks else {}
-        out.append({**known, "agreement": agreement(masks, given), "collapsed": _collapsed(masks, given, crop)})
+        scores = {"collapsed": _collapsed(masks, given, crop)}
+        if sample.has_masks:
+            scores |= _against(masks, sample.masks)
+        if label_free or not sample.has_masks:
+            scores["label_free"] = _label_free(model, sample.image, given, crop, masks)
+        out.append(scores)
         if progress:
             progress(i + 1, len(split))
     return out
+
+
+def _label_free(model: Sam | HasSam, image: Tensor, given: Prompts, crop: float, masks: Tensor) -> Tensor:
+    if given.boxes is None:
+        return label_free(masks, given)
+    size = (int(image.shape[1]), int(image.shape[2]))
+    mirrored, _ = predict(model, flip(image, True, False), given.flipped(True, False, size), crop=crop)
+    return label_free(masks, given, flip(mirrored, True, False))
 
 
 def baseline(kind: Literal["box", "ellipse"], split: Sequence[Sample]) -> Scores:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pycocotools import mask as rle
 from tuning import registry, report, tracking
 from tuning.cli import main, summary
 from tuning.plan import Plan, make_plan
-from tuning.study import new_study, resume_study
+from tuning.study import best_of, new_study, resume_study
 from tuning.tracking import Tracker
 from wesam import AdaptedSam, evaluate, load_domain, load_sam
 from wesam.errors import InputError
@@ -68,18 +69,41 @@ def test_trials_of_one_worker_share_their_actors(small: Path, tmp_path: Path, tr
     page = (tmp_path / "report" / report.PAGE).read_text()
     assert "data:image/png;base64" in page
     assert page.count("<svg") >= 3
+    assert "rank correlation (Spearman)" in page
     assert "| small | test |" in (tmp_path / "report" / report.TABLE).read_text()
     assert (tmp_path / "report" / "overlay-small.png").stat().st_size > 1000
 
+    _enlarged_and_begun_with(small, tmp_path, tracker)
     with pytest.raises(InputError, match="there is a study 's' with another base"):
         new_study(make(small, tmp_path, seed=1), tracker)
-    for again in (lambda: new_study(make(small, tmp_path), tracker), lambda: resume_study("s", tracker)):
+    for again in (lambda: new_study(make(small, tmp_path, trials=5), tracker), lambda: resume_study("s", tracker)):
         with pytest.raises(InputError, match="is finished"):
             again()
     with pytest.raises(InputError, match="it can have more, not fewer"):
-        resume_study("s", tracker, {"trials": 3, "hours": 1.0, "gpu_hours": 9.0})
-    with pytest.raises(InputError, match="unknown study 't'"):
-        resume_study("t", tracker)
+        resume_study("s", tracker, {"trials": 4, "hours": 1.0, "gpu_hours": 9.0})
+    with pytest.raises(InputError, match="unknown study 'u'"):
+        resume_study("u", tracker)
+
+
+def _enlarged_and_begun_with(small: Path, tmp_path: Path, tracker: Tracker) -> None:
+    """A finished study goes on to more trials, and another one begins with its best."""
+    before = {r.info.run_id: r.info.end_time for r in tracker.find("trial")}
+    result = resume_study("s", tracker, {"trials": 5})
+    assert result["trials"] == 5
+    after = {r.info.run_id: r.info.end_time for r in tracker.find("trial")}
+    assert len(after) == 5
+    assert {k: after[k] for k in before} == before, "what was finished is left as it was"
+    (row,) = result["domains"]
+    assert "champion" in row["outcome"]
+    found = tracking.trials(tracker, row["run_id"])
+    assert row["val"]["best"] == max(t.best for t in found)
+
+    ((where, config),) = warm = best_of("s", tracker)
+    assert where == "s/small"
+    plan = replace(make(small, tmp_path, name="t", trials=3, steps=4), warm=warm)
+    found = tracking.trials(tracker, new_study(plan, tracker)["domains"][0]["run_id"])
+    assert [t.label for t in found] == ["paper's hyperparameters", "model's defaults", "best of s/small"]
+    assert {p: found[2].config[p] for p in plan.space} == {p: str(v) for p, v in plan.nearest(config).items()}
 
 
 def test_trials_of_two_workers(small: Path, tmp_path: Path, tracker: Tracker) -> None:
@@ -121,6 +145,8 @@ def test_when_nothing_beats_direct_nothing_is_registered(small: Path, tmp_path: 
     assert "nothing beat Direct" in row["outcome"]
     assert row["best"] == row["direct"]
     assert registry.champions(tracker) == []
+    with pytest.raises(InputError, match="'s-2' has found nothing to begin with"):
+        best_of("s-2", tracker)
 
 
 def test_a_study_where_only_boxes_are_known(small: Path, tmp_path: Path, tracker: Tracker) -> None:
@@ -139,17 +165,17 @@ def test_a_study_where_only_boxes_are_known(small: Path, tmp_path: Path, tracker
     )
     (row,) = new_study(plan, tracker)["domains"]
     assert "error" not in row, row
-    assert (row["score"], row["ellipse"], row["best_f1"]) == ("agreement", None, None)
+    assert (row["score"], row["ellipse"], row["best_f1"]) == ("label_free", None, None)
     (domain,) = tracker.find("domain")
     assert domain.data.metrics["instances_vanished"] == 1
     assert not [name for name in domain.data.metrics if "miou" in name or "ellipse" in name]
-    assert row["direct"] == pytest.approx(domain.data.metrics["direct_test_agreement"])
+    assert row["direct"] == pytest.approx(domain.data.metrics["direct_test_label_free"])
     assert row["best_trial"], "no trial beat Direct"
     assert row["val"]["best"] > row["val"]["direct"]
     entry, _ = registry.fetch(tracker, "boxes", tmp_path / "adapter")
-    assert float(entry.tags["test_agreement"]) == pytest.approx(row["best"], abs=1e-4)
+    assert float(entry.tags["test_label_free"]) == pytest.approx(row["best"], abs=1e-4)
     assert main(["best", "--tracking-uri", tracker.uri, "--json", str(tmp_path / "best.json")]) == 0
     (listed,) = json.loads((tmp_path / "best.json").read_text())
-    assert (listed["score"], listed["test"]) == ("agreement", pytest.approx(row["best"], abs=1e-4))
+    assert (listed["score"], listed["test"]) == ("label_free", pytest.approx(row["best"], abs=1e-4))
     report.write(report.collect(tracker, "s"), tmp_path / "report")
-    assert "agreement" in (tmp_path / "report" / report.TABLE).read_text()
+    assert "label-free" in (tmp_path / "report" / report.TABLE).read_text()

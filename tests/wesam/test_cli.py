@@ -44,7 +44,6 @@ def test_adapt_evaluate_and_predict_in_a_row(coco_folder: Path, tmp_path: Path) 
         "instances",
         "miou",
         "f1",
-        "agreement",
     ]
     assert row["miou"] == pytest.approx(json.loads((adapter / "adaptation.json").read_text())["best"])
     assert (row["images"], row["instances"]) == (2, 4)

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import copy
 import sys
 
 import pytest
 import torch
 from segment_anything.modeling import Sam
+from torch import nn
 
+from wesam.config import PromptKind
 from wesam.data import Sample, load_domain
-from wesam.evaluate import Scores, agreement, baseline, evaluate, overlap, predict
+from wesam.errors import InputError
+from wesam.evaluate import Scores, baseline, evaluate, label_free, overlap, predict
 from wesam.prompts import Prompts, weak_labels
 
 
@@ -23,33 +27,41 @@ def test_overlap_by_hand() -> None:
 
 def test_scores_average_per_image_first() -> None:
     many, one = torch.tensor([0.0, 0.0, 0.0]), torch.tensor([1.0])
-    scores = Scores.of([{"miou": many, "f1": many, "agreement": many}, {"miou": one, "f1": one, "agreement": one}])
+    scores = Scores.of([{"miou": many, "f1": many, "label_free": many}, {"miou": one, "f1": one, "label_free": one}])
     assert scores == Scores(2, 4, 0.5, 0.5, 0.5)
     assert (scores.objective, scores.chosen_by) == (0.5, "miou")
-    assert Scores.of([{"agreement": many}, {"agreement": one, "miou": one}]).miou is None, "of every image or of none"
+    assert Scores.of([{"label_free": many}, {"label_free": one, "miou": one}]).miou is None, "of every image or of none"
 
 
-def test_agreement_with_weak_labels_by_hand() -> None:
+def test_the_label_free_score_by_hand() -> None:
     masks = torch.zeros(2, 10, 10, dtype=torch.bool)
     masks[0, 2:6, 2:6] = True
     boxes = Prompts(boxes=torch.tensor([[2.0, 2, 6, 4], [0, 0, 4, 4]]))
-    assert agreement(masks, boxes).tolist() == [pytest.approx(8 / 16), 0], "the second mask is empty"
+    assert label_free(masks, boxes).tolist() == [pytest.approx(8 / 16), 0], "the second mask is empty"
+    mirrored = torch.zeros_like(masks)
+    mirrored[0, 2:6, 2:4] = True
+    assert label_free(masks, boxes, mirrored).tolist() == [pytest.approx(8 / 16 * 8 / 16), 0]
     clicks = torch.tensor([[[3.5, 3.5], [8.5, 8.5], [4.5, 4.5]]]).repeat(2, 1, 1)
     labels = torch.tensor([[1, 1, 0], [1, 1, -1]])
     given = Prompts(points=clicks, point_labels=labels)
-    assert agreement(masks, given).tolist() == [pytest.approx((1 / 2 + 0) / 2), 0]
+    assert label_free(masks, given).tolist() == [pytest.approx((1 / 2) / (1 + 3 * 1)), 0], (
+        "one of two on it, one of one beside it"
+    )
     square = torch.tensor([[2.5, 2.5], [5.5, 2.5], [5.5, 5.5], [2.5, 5.5]])  # through the outer pixels
-    filled = agreement(masks, Prompts(polygons=(square, square)))
+    filled = label_free(masks, Prompts(polygons=(square, square)))
     assert filled.tolist() == [pytest.approx(1), 0]
 
 
-def test_without_masks_only_the_agreement_is_known(sam: Sam) -> None:
+def test_without_masks_only_the_label_free_score_is_known(sam: Sam) -> None:
     known = load_domain("clean").split("val")[:2]
     boxes_only = [Sample(s.key, s.image, {"box": s.weak_labels("box")}) for s in known]
-    scores, reference = evaluate(sam, boxes_only, "box"), evaluate(sam, known, "box")
+    scores, reference = evaluate(sam, boxes_only, "box"), evaluate(sam, known, "box", label_free=True)
     assert (scores.miou, scores.f1) == (None, None)
-    assert scores.agreement == reference.agreement
-    assert (scores.objective, scores.chosen_by) == (scores.agreement, "agreement")
+    assert scores.label_free == reference.label_free
+    assert evaluate(sam, known, "box").label_free is None, "not asked for"
+    with pytest.raises(InputError, match="no true masks"):
+        scores.value("miou")
+    assert (scores.objective, scores.chosen_by) == (scores.label_free, "label_free")
 
 
 def test_baselines_by_hand() -> None:
@@ -81,3 +93,36 @@ def test_progress_counts_every_image(sam: Sam) -> None:
 def test_the_embedded_model_beats_the_ellipse_on_clean_scenes(sam: Sam, prompt: str) -> None:
     split = load_domain("clean").split("test")[:24]
     assert evaluate(sam, split, prompt).miou > baseline("ellipse", split).miou + 0.03  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompt", ["box", "point", "coarse"])
+@pytest.mark.parametrize("crop", [0.0, 2.0])
+def test_the_label_free_score_falls_where_masks_get_worse_and_collapse_is_seen(
+    sam: Sam, prompt: PromptKind, crop: float
+) -> None:
+    """A model whose masks are all or nothing is sure of itself, and the score must not be."""
+    known = load_domain("clean").split("val")[:3]
+    worse = copy.deepcopy(sam)
+    good = evaluate(sam, known, prompt, crop=crop, label_free=True)
+    assert good.label_free is not None
+    assert good.collapsed == 0
+    final = worse.mask_decoder.output_hypernetworks_mlps[0].layers[-1]
+    for bias in (-1e4, 1e4):  # nothing, then everything
+        upscaled = worse.mask_decoder.output_upscaling[-1]
+        worse.mask_decoder.output_upscaling[-1] = Everywhere(1.0)
+        final.weight.data.zero_()
+        final.bias.data.fill_(bias)
+        bad = evaluate(worse, known, prompt, crop=crop, label_free=True)
+        worse.mask_decoder.output_upscaling[-1] = upscaled
+        assert bad.label_free is not None
+        assert bad.label_free < good.label_free - 0.2
+        assert bad.collapsed > 0.9
+
+
+class Everywhere(nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(x, self.value)
