@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -180,8 +181,7 @@ class DomainSearch(threading.Thread):
         }  # fmt: skip
         for split, part in (("test", row), ("val", row["val"])):
             run.log({f"{k}_{split}_{part['score']}": part[k] for k in ("paper", "best") if part[k] is not None})
-        failed = plan.trials - len(self.trials)
-        lost = f"; {failed} of {plan.trials} trials failed" if failed else ""
+        lost = missing(plan.trials, self.trials, spent=c.budget.over())
         if winner is None:
             row["outcome"] = "nothing beat Direct on val: use the model as it is; no adapter registered" + lost
             return row
@@ -211,6 +211,15 @@ def _unfinished(tracker: Tracker, domain_run: str, done: set[int]) -> list[Propo
         go_on = {"config": config.flat(), "run": stored.info.run_id, "resume": state["latest"], "state": state}
         found[number] = {"point": None, **proposal, **go_on}
     return [found[n] for n in sorted(found)]
+
+
+def missing(wanted: int, found: Sequence[Trial], *, spent: bool) -> str:
+    """What to say, after a domain's outcome, of the trials that have come to no result, or to no end."""
+    if spent:
+        cut = sum(t.ended == "budget" for t in found)
+        return f"; the budget was spent after {len(found)} of {wanted} trials, {cut} of them not at their last step"
+    failed = wanted - len(found)
+    return f"; {failed} of {wanted} trials failed" if failed else ""
 
 
 def study_tags(plan: Plan) -> dict[str, str]:

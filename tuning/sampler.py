@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -34,10 +35,15 @@ def open_storage(url: str) -> RDBStorage:
     try:
         return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None)
     except ImportError as e:
-        raise InputError(f"--optuna {url} needs a package that is not installed: {e}") from None
+        raise InputError(f"--optuna {shown(url)} needs a package that is not installed: {e}") from None
     except Exception as e:  # every database has errors of its own
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise InputError(f"cannot reach the Optuna storage {url}: {why[:200]}") from None
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0].replace(url, shown(url))
+        raise InputError(f"cannot reach the Optuna storage {shown(url)}: {why[:200]}") from None
+
+
+def shown(url: str) -> str:
+    """The address without its password."""
+    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", url)
 
 
 def open_study(plan: Plan, domain: str, storage: RDBStorage) -> optuna.Study:

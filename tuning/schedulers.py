@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from ray.tune.experiment import Trial
@@ -36,7 +35,7 @@ class Stopping(TrialScheduler):
         if decision == TrialScheduler.STOP and "reference" not in trial.config:
             self.stopped[trial.trial_id] = "pruned"
             return TrialScheduler.STOP
-        return TrialScheduler.CONTINUE
+        return TrialScheduler.CONTINUE  # nor is any paused for others to catch up
 
 
 class Halving(Stopping, ASHAScheduler):
@@ -66,7 +65,7 @@ def make_scheduler(plan: Plan, budget: Budget) -> Stopping:
         last = max(every, steps - 1)  # who has reached the last step is done anyway
         made = Halving(**common, max_t=last, reduction_factor=3, stop_last_trials=False)
     elif plan.scheduler == "median":
-        made = Median(**common, min_time_slice=sys.maxsize)  # and none is paused for others to catch up
+        made = Median(**common)
     else:
         made = Patient()  # type: ignore[no-untyped-call]
     made.watch(budget)

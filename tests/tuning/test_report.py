@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from tuning.domain import missing
 from tuning.report import Trust, _warmth
 from tuning.tracking import Trial
 
@@ -27,6 +30,14 @@ def trial(number: int, best: float, label: str = "searched", reference: str | No
         number=number, run_id="", label=label, reference=reference, point={}, config={}, best=best, best_step=10,
         step=20, ended="finished", gap=None, metrics={},
     )  # fmt: skip
+
+
+def test_trials_that_are_missing_have_failed_or_the_budget_was_spent() -> None:
+    found = [trial(1, 0.5), trial(2, 0.5)]
+    assert missing(2, found, spent=False) == ""
+    assert missing(3, found, spent=False) == "; 1 of 3 trials failed"
+    cut = replace(found[1], ended="budget")
+    assert "after 2 of 9 trials, 1 of them not at their last step" in missing(9, [found[0], cut], spent=True)
 
 
 def test_what_a_warm_start_was_worth_is_told_by_the_trials_after_it() -> None:

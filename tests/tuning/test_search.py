@@ -15,7 +15,7 @@ from ray.tune.search import Searcher
 
 from tuning.budget import Budget
 from tuning.plan import REFERENCES, Plan, make_plan
-from tuning.sampler import ask, catch_up, distributions, encoded, enqueue, open_storage, open_study
+from tuning.sampler import ask, catch_up, distributions, encoded, enqueue, open_storage, open_study, shown
 from tuning.schedulers import make_scheduler
 from tuning.search import Search
 from tuning.space import DEFAULT, Axis
@@ -140,6 +140,13 @@ def test_a_storage_that_cannot_be_reached_is_one_line(url: str) -> None:
     assert "\n" not in str(e.value)
 
 
+def test_a_password_is_not_told() -> None:
+    assert shown("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
+    with pytest.raises(InputError) as e:
+        open_storage("mysql+nonsense://me:secret@host/x")
+    assert "secret" not in str(e.value)
+
+
 def test_an_interrupted_study_goes_on_in_optuna(tmp_path: Path) -> None:
     """A finished trial that Optuna has missed is told, one that is gone on with stays, one that is lost has failed."""
     plan = make(tmp_path)
@@ -230,8 +237,10 @@ def test_what_is_behind_is_stopped_but_never_a_reference_nor_before_it_has_warme
     class Found(SimpleNamespace):
         __hash__ = object.__hash__  # type: ignore[assignment]
 
+    waiting: Any = SimpleNamespace(get_live_trials=lambda: [SimpleNamespace(status="PENDING")])
+
     def on_result(trial: Any, score: float, step: int) -> str:
-        return scheduler.on_trial_result(None, trial, result(score, step))
+        return scheduler.on_trial_result(waiting, trial, result(score, step))
 
     goods = []
     for i in range(3):
