@@ -174,7 +174,7 @@ def test_an_interrupted_study_goes_on_in_optuna(tmp_path: Path) -> None:
 
 
 def test_a_budget_that_is_spent_ends_the_search(tmp_path: Path) -> None:
-    plan = make(tmp_path, gpu_hours=1e-9, hours=1.0)
+    plan = make(tmp_path, gpu_hours=1e-13, hours=1.0)
     budget = Budget(plan)
     search, _, _ = begin(plan, budget=budget)
     assert search.suggest("a")["number"] == 1
@@ -188,7 +188,7 @@ def test_a_budget_that_is_spent_ends_the_search(tmp_path: Path) -> None:
     assert scheduler.stopped == {"a": "budget"}
     assert budget.end("camouflaged", "a") > 0
     assert budget.gpu_hours() == pytest.approx(budget.gpu_hours()), "nothing runs, nothing is spent"
-    assert Budget(make(tmp_path, hours=1e-9)).over()
+    assert Budget(make(tmp_path, hours=1e-13)).over()
     assert not Budget(make(tmp_path)).over()
 
 
