@@ -50,7 +50,7 @@ DEMO: dict[str, Any] = {
 KEYS = {
     "name": str, "domains": list, "data": str, "model": str, "prompt": str, "trials": int, "steps": int, "workers": int,
     "seed": int, "set": dict, "space": dict, "storage": str, "crop": float,
-    "sampler": str, "scheduler": str, "objective": str, "minimize": list, "seeds": int, "supervised": bool,
+    "sampler": str, "scheduler": str, "objective": str, "minimize": list,
     "hours": float, "gpu_hours": float, "gpus_per_worker": float, "optuna": str, "optuna_study": str, "from": str,
 }  # fmt: skip
 """What a study's file may hold."""
@@ -101,10 +101,6 @@ class Plan:
     """What trials are chosen by."""
     minimize: tuple[Cost, ...] = ()
     """What the sampler makes small besides; the best trial is the best by its score all the same."""
-    seeds: int = 3
-    """How often the best one is trained, each with another seed."""
-    supervised: bool = True
-    """Whether the upper reference is trained where masks are known."""
     hours: float = math.inf
     """Of wall-clock after which nothing new begins."""
     gpu_hours: float = math.inf
@@ -223,13 +219,12 @@ def check(settings: Mapping[str, Any]) -> None:
         with at(str(key)):
             kind = KEYS[one_of("key", str(key), KEYS)]
             right = isinstance(value, (int, float) if kind is float else kind)
-            if not right or (isinstance(value, bool) and kind is not bool):
+            if not right or isinstance(value, bool):
                 raise InputError(f"{key} must be {_TYPES[kind]}, got {value!r}")
 
 
 _TYPES = {
     str: "a word", list: "a list", int: "a whole number", float: "a number", dict: "a mapping of hyperparameters",
-    bool: "true or false",
 }  # fmt: skip
 
 
@@ -289,16 +284,16 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
             raise InputError("--minimize needs the sampler tpe, nsga2 or random")
     with at("storage"):
         storage = _storage(s.get("storage", "runs"))
-    numbers = {k: s[k] for k in ("seeds", "supervised", "optuna_study") if k in s}
-    numbers |= {k: float(s[k]) for k in ("hours", "gpu_hours", "gpus_per_worker") if k in s}
+    numbers: dict[str, Any] = {k: float(s[k]) for k in ("hours", "gpu_hours", "gpus_per_worker") if k in s}
     return Plan(
         name=name, domains=domains, model=model, trials=s.get("trials", 16), workers=s.get("workers", 1),
-        storage=storage, base=changed, space=space, minimize=minimize, optuna=s.get("optuna", ""), **words, **numbers,
+        storage=storage, base=changed, space=space, minimize=minimize, optuna=s.get("optuna", ""),
+        optuna_study=s.get("optuna_study", ""), **words, **numbers,
     )  # fmt: skip
 
 
 def _check_numbers(settings: Mapping[str, Any], base: Config) -> None:
-    for key in ("trials", "workers", "seeds"):
+    for key in ("trials", "workers"):
         with at(key):
             if settings.get(key, 1) < 1:
                 raise InputError(f"{key} must be at least 1, got {settings[key]}")

@@ -127,7 +127,6 @@ def test_a_reference_outside_of_the_space_has_no_point_in_it() -> None:
         ({"minimize": ["time"]}, "unknown minimize"),
         ({"hours": 0.0}, "hours must be above 0"),
         ({"gpus_per_worker": 1.5}, "a share of one GPU or a whole number"),
-        ({"seeds": 0}, "seeds must be at least 1"),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
