@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
@@ -19,6 +19,9 @@ from wesam.overlay import sheet
 
 Files = dict[str, bytes]
 """An adapter as it travels between machines: file name -> contents."""
+
+DRAWN: dict[str, Literal["box", "ellipse"]] = {"box_filled": "box", "ellipse": "ellipse"}
+"""What is drawn in the given box, as a row of the result and as :func:`wesam.baseline` calls it."""
 
 SHOWN = 4
 """Test images in a domain's picture."""
@@ -37,17 +40,17 @@ class Task:
 def references(task: Task) -> tuple[dict[str, Scores], int]:
     """What is known of a domain before any search.
 
-    Returns the scores of Direct and, where there are masks, of the ellipse in the box, on val and test:
-    ``direct_val``, ``ellipse_test``, ...; and how many training instances are too small for the model to see.
+    Returns the scores of Direct and, where there are masks, of :data:`DRAWN`, on val and test: ``direct_val``,
+    ``ellipse_test``, ...; and how many training instances are too small for the model to see.
     """
     found: tuple[dict[str, Scores], int] = _remote(_references, task)
     return found
 
 
 def judged(task: Task, adapters: Mapping[str, Files]) -> dict[str, Scores]:
-    """Each adapter's scores on test."""
-    found: dict[str, Scores] = _remote(_judged, task, dict(adapters))
-    return found
+    """Each adapter's scores on test; as many at once as there is room for."""
+    waiting = {name: _begin(_judged, task, files) for name, files in adapters.items()}
+    return {name: ray.get(begun) for name, begun in waiting.items()}
 
 
 def picture(task: Task, adapter: Files | None) -> bytes:
@@ -57,9 +60,13 @@ def picture(task: Task, adapter: Files | None) -> bytes:
 
 
 def _remote(function: Callable[..., Any], *arguments: Any) -> Any:
+    return ray.get(_begin(function, *arguments))
+
+
+def _begin(function: Callable[..., Any], *arguments: Any) -> Any:
     need = worker_resources()
     task: Any = ray.remote(function)
-    return ray.get(task.options(num_cpus=need["CPU"], num_gpus=need.get("GPU", 0)).remote(*arguments))
+    return task.options(num_cpus=need["CPU"], num_gpus=need.get("GPU", 0)).remote(*arguments)
 
 
 def _references(task: Task) -> tuple[dict[str, Scores], int]:
@@ -67,19 +74,17 @@ def _references(task: Task) -> tuple[dict[str, Scores], int]:
     found = {}
     for split in ("val", "test"):
         if domain.split(split)[0].has_masks:
-            found[f"ellipse_{split}"] = baseline("ellipse", domain.split(split))
+            for name, kind in DRAWN.items():
+                found[f"{name}_{split}"] = baseline(kind, domain.split(split))
         prompt, crop = task.base.scored_with, task.base.crop
         found[f"direct_{split}"] = evaluate(sam, domain.split(split), prompt, crop=crop, label_free=split == "val")
     return found, domain.vanished(task.base, sam.image_encoder.img_size)
 
 
-def _judged(task: Task, adapters: dict[str, Files]) -> dict[str, Scores]:
+def _judged(task: Task, adapter: Files) -> Scores:
     sam, test = source_model(task.model), load_domain(task.domain).split("test")
     with tempfile.TemporaryDirectory() as folder:
-        return {
-            name: evaluate(AdaptedSam.load(sam, _unpack(files, Path(folder) / name)), test, task.base.scored_with)
-            for name, files in adapters.items()
-        }
+        return evaluate(AdaptedSam.load(sam, _unpack(adapter, Path(folder))), test, task.base.scored_with)
 
 
 def _picture(task: Task, adapter: Files | None) -> bytes:

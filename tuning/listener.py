@@ -21,7 +21,7 @@ from tuning.trainer import METRIC
 from wesam import Scores
 from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE
 
-PROPOSED = ("number", "label", "point", "optuna", "reference")
+PROPOSED = ("number", "label", "point", "optuna", "reference", "role", "of")
 """What of a proposal is kept in its run's tags; its configuration is in the run's parameters."""
 
 WIDTH = 23
@@ -36,7 +36,8 @@ class Interrupted(Exception):
 class _Seen:
     """What is known of a trial."""
 
-    number: int
+    name: str
+    """Among the domain's trials."""
     run: Run
     label: str
     steps: int
@@ -66,13 +67,13 @@ class Listener(tune.Callback):
 
     def __init__(
         self, plan: Plan, tracker: Tracker, board: Board, domain: Run, tags: Mapping[str, str], direct: Scores,
-        stopped: Mapping[str, str], budget: Budget, stop: threading.Event,
+        best: float, stopped: Mapping[str, str], budget: Budget, stop: threading.Event,
     ) -> None:  # fmt: skip
-        """domain: its run. tags: of all trials. direct: the source model, on val. stopped: what the scheduler has
-        stopped, by trial, and why.
+        """domain: its run. tags: of all trials. direct: the source model, on val. best: the best score of trials of
+        an earlier run. stopped: what the scheduler has stopped, by trial, and why.
         """
         self._plan, self._tracker, self._board, self._domain = plan, tracker, board, domain
-        self._direct, self._best = direct, direct.value(plan.objective) + MARGIN
+        self._direct, self._best = direct, max(best, direct.value(plan.objective) + MARGIN)
         self._stopped, self._budget, self._stop, self._tags = stopped, budget, stop, tags
         self._seen: dict[str, _Seen] = {}
 
@@ -92,7 +93,8 @@ class Listener(tune.Callback):
             self._begin(trial.config, trial.trial_id)
 
     def _begin(self, proposal: Mapping[str, Any], trial_id: str) -> None:
-        number = proposal["number"]
+        number, role = proposal["number"], proposal.get("role")
+        name = f"{role} {number}" if role else str(number)
         if "run" in proposal:
             run = self._tracker.reopen(self._tracker.client.get_run(proposal["run"]))
         else:
@@ -101,12 +103,12 @@ class Listener(tune.Callback):
             tags |= {"label": proposal["label"]} | {
                 f"wesam.{k}": str(proposal[k]) for k in ("reference", "role") if k in proposal
             }
-            run = self._tracker.start(f"{self._domain.name} {number}", "trial", self._domain, tags)
+            run = self._tracker.start(f"{self._domain.name} {name}", "trial", self._domain, tags)
             known = {f"val_{k}": v for k, v in self._direct.known().items()}
             run.log(known, step=0, params=proposal["config"])
         steps = int(proposal["config"]["steps"])
-        self._seen[trial_id] = seen = _Seen(number, run, proposal["label"], steps, **proposal.get("state", {}))
-        self._board.at(self._domain.name, number, seen.step)
+        self._seen[trial_id] = seen = _Seen(name, run, proposal["label"], steps, **proposal.get("state", {}))
+        self._board.at(self._domain.name, name, seen.step)
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
@@ -122,7 +124,7 @@ class Listener(tune.Callback):
         seen.run.log(metrics, step=step)
         if result.get("checkpoint_path"):  # Ray Train has written it; Tune's own comes after this
             seen.kept(result["checkpoint_path"])
-        self._board.at(self._domain.name, seen.number, step)
+        self._board.at(self._domain.name, seen.name, step)
 
     def on_checkpoint(
         self, iteration: int, trials: list[Trial], trial: Trial, checkpoint: Checkpoint, **info: Any
@@ -139,7 +141,7 @@ class Listener(tune.Callback):
             return
         if not seen.best_step:
             seen.run.log(tags={"ended": "diverged"})
-            self._over(seen, "FAILED", "diverged: the loss was not finite before the first evaluation")
+            self._over(seen, "FAILED", "diverged: the loss was not finite before the first evaluation", early=True)
             return
         assert seen.checkpoint is not None
         checkpoint = Checkpoint(seen.checkpoint, cast(Any, trial).storage.storage_filesystem)
@@ -148,12 +150,17 @@ class Listener(tune.Callback):
         seen.run.log(
             {"best_step": seen.best_step, "last_step": seen.step}, step=seen.step, tags={"ended": ended}, after=kept
         )
-        better = "  best so far" if seen.best > self._best else ""
-        self._best = max(self._best, seen.best)
+        better = ""
+        if "role" not in trial.config and seen.best > self._best:
+            self._best, better = seen.best, "  best so far"
         where = "" if ended == "finished" else f"  {ENDED[ended]} at step {seen.step}"
         chosen_by, direct = WORDS[self._direct.name(self._plan.objective)], self._direct.value(self._plan.objective)
         gain = round(seen.best - direct, 3) + 0.0  # which makes -0.0 a plain 0.0
-        self._over(seen, "FINISHED", f"val {chosen_by} {seen.best:.3f} ({gain:+.3f} to Direct){where}{better}")
+        if "role" not in trial.config:
+            paper = seen.best if trial.config.get("reference") == "paper" else None
+            self._board.scores(self._domain.name, paper=paper, best=seen.best)
+        said = f"val {chosen_by} {seen.best:.3f} ({gain:+.3f} to Direct){where}{better}"
+        self._over(seen, "FINISHED", said, early=ended != "finished")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial has failed for good."""
@@ -164,11 +171,12 @@ class Listener(tune.Callback):
         if self._stop.is_set():
             seen.run.close("KILLED")
         else:
-            self._over(seen, "FAILED", f"failed: {_reason(trial)}")
+            self._over(seen, "FAILED", f"failed: {_reason(trial)}", early=True)
 
-    def _over(self, seen: _Seen, status: Any, text: str) -> None:
+    def _over(self, seen: _Seen, status: Any, text: str, *, early: bool) -> None:
         seen.run.close(status)
-        self._board.ended(self._domain.name, seen.number, f"{seen.label:<{WIDTH}}  {text}")
+        count = f"trial {seen.name}/{self._plan.trials}" if seen.name.isdecimal() else ""
+        self._board.ended(self._domain.name, seen.name, f"{count:<11} {seen.label:<{WIDTH}}  {text}", early=early)
 
 
 ENDED = {"pruned": "stopped early", "budget": "the budget was spent", "diverged": "diverged"}

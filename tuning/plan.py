@@ -15,10 +15,10 @@ from typing import Any, Literal, get_args
 import yaml
 
 from tuning.space import Space, fixed, make_space, space_from_dict, space_to_dict
-from wesam.config import BOXES, PRESETS, Config, Objective, PromptKind, Value, preset
+from wesam.config import BOXES, PRESETS, Config, Objective, PromptKind, Value, method_preset, preset
 from wesam.data import Domain, load_domain, located
 from wesam.errors import InputError, at, one_of
-from wesam.methods import checked_method
+from wesam.methods import checked_method, get_method
 from wesam.sam import find_model, model_names
 
 REFERENCES = ("paper", "defaults")
@@ -31,10 +31,12 @@ WORDS = {"miou": "mIoU", "f1": "F1", "label_free": "label-free score"}
 """What a score is called."""
 
 COLUMNS = {
+    "box_filled": "box filled",
     "ellipse": "ellipse in the box",
     "direct": "Direct",
     "paper": "paper's hyperparameters",
     "best": "best found",
+    "supervised": "Supervised",
 }
 
 DEMO: dict[str, Any] = {
@@ -49,7 +51,7 @@ DEMO: dict[str, Any] = {
 
 KEYS = {
     "name": str, "domains": list, "data": str, "model": str, "prompt": str, "trials": int, "steps": int, "workers": int,
-    "seed": int, "set": dict, "space": dict, "storage": str, "crop": float,
+    "seed": int, "seeds": int, "set": dict, "space": dict, "storage": str, "crop": float,
     "sampler": str, "scheduler": str, "objective": str, "minimize": list,
     "hours": float, "gpu_hours": float, "gpus_per_worker": float, "optuna": str, "optuna_study": str, "from": str,
 }  # fmt: skip
@@ -106,6 +108,8 @@ class Plan:
     gpu_hours: float = math.inf
     """Of all trials together; where there is no GPU, of workers."""
     gpus_per_worker: float = 1.0
+    seeds: int = 3
+    """Other seeds with which the best configuration, and Supervised beside it, are trained again after the search."""
     optuna: str = ""
     """URL of the database with the Optuna studies."""
     optuna_study: str = ""
@@ -121,6 +125,17 @@ class Plan:
         if reference == "paper":
             return preset("paper").replace({k: v for k, v in self.base.flat().items() if k in _BUDGET})
         return self.base.replace(point)
+
+    def supervised(self) -> Config:
+        """The upper reference: the model's defaults for training on real masks, with the study's budget."""
+        return method_preset(self.model, "supervised").replace(
+            {k: v for k, v in self.base.flat().items() if k in _BUDGET}
+        )
+
+    def has_supervised(self, domain: Domain) -> bool:
+        """Whether Supervised is a reference on this domain: its masks are known, and trials do not learn from them."""
+        known = domain.split("train")[0].has_masks and domain.split("test")[0].has_masks
+        return known and self.base.prompt != "grid" and not get_method(self.base.method).needs_masks
 
     def point(self, reference: str) -> dict[str, Value] | None:
         """The reference's point of the space; None where the space does not hold it."""
@@ -287,16 +302,17 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
     numbers: dict[str, Any] = {k: float(s[k]) for k in ("hours", "gpu_hours", "gpus_per_worker") if k in s}
     return Plan(
         name=name, domains=domains, model=model, trials=s.get("trials", 16), workers=s.get("workers", 1),
+        seeds=s.get("seeds", 3),
         storage=storage, base=changed, space=space, minimize=minimize, optuna=s.get("optuna", ""),
         optuna_study=s.get("optuna_study", ""), **words, **numbers,
     )  # fmt: skip
 
 
 def _check_numbers(settings: Mapping[str, Any], base: Config) -> None:
-    for key in ("trials", "workers"):
+    for key, least in (("trials", 1), ("workers", 1), ("seeds", 0)):
         with at(key):
-            if settings.get(key, 1) < 1:
-                raise InputError(f"{key} must be at least 1, got {settings[key]}")
+            if settings.get(key, least) < least:
+                raise InputError(f"{key} must be at least {least}, got {settings[key]}")
     for key in ("hours", "gpu_hours", "gpus_per_worker"):
         with at(key):
             if not settings.get(key, 1) > 0:

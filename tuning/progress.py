@@ -1,73 +1,158 @@
-"""What a study shows while it runs: a line per event and, on a terminal, one that says what is going on now."""
+"""What a study shows while it runs: on a terminal a live table below its lines, elsewhere lines alone."""
 
 from __future__ import annotations
 
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
 
 QUIET_SECONDS = 30.0
 """Where nobody looks at a terminal, a line appears at least this often."""
 
 
-class Board:
-    """The lines of a study; any thread may write."""
+@dataclass
+class _Domain:
+    """What is known of a domain's search."""
 
-    def __init__(self, domains: list[str], trials: int, steps: int) -> None:
+    trials: int
+    """How many are to be run in all, those of earlier runs and those that confirm the winner too."""
+    steps: int
+    """Of a trial that runs to its end."""
+    skipped: int = 0
+    """Trials of earlier runs."""
+    running: dict[str, int] = field(default_factory=dict)
+    """Trial -> step."""
+    ended: list[int] = field(default_factory=list)
+    """Steps of the trials that are over."""
+    stopped: int = 0
+    """How many of them did not run to their end."""
+    direct: float | None = None
+    paper: float | None = None
+    best: float | None = None
+    """Scores on val."""
+
+    @property
+    def done(self) -> int:
+        return self.skipped + len(self.ended)
+
+    @property
+    def steps_done(self) -> int:
+        return sum(self.ended) + sum(self.running.values())
+
+    @property
+    def steps_left(self) -> float:
+        """As many as there will be if trials go on being stopped as they have been."""
+        usual = sum(self.ended) / len(self.ended) if self.ended else self.steps
+        return max(0.0, (self.trials - self.done) * usual - sum(self.running.values()))
+
+
+class Board:
+    """The lines and the table of a study; any thread may write."""
+
+    def __init__(self, domains: Sequence[str], trials: int, steps: int) -> None:
+        """trials: per domain, but for :meth:`expect`; steps: of a trial."""
         self._width = max(map(len, domains))
-        self._total, self._trials, self._steps = trials * len(domains), trials, steps
-        self._running: dict[tuple[str, int], int] = {}
-        self._ended = self._skipped = 0
+        self._domains = {d: _Domain(trials, steps) for d in domains}
         self._began = self._last = time.monotonic()
-        self._lock = threading.Lock()
-        self._terminal = sys.stderr.isatty()
+        self._first: float | None = None
+        self._lock = threading.RLock()
+        self._live: Live | None = None
+        if sys.stdout.isatty() and sys.stderr.isatty():
+            self._live = Live(console=Console(highlight=False), auto_refresh=False, transient=True)
+
+    def __enter__(self) -> Board:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
 
     def say(self, text: str, domain: str | None = None) -> None:
         """A line that stays, under its domain's name if it has one."""
         label = f"{domain:<{self._width}}  " if domain else ""
         with self._lock:
-            self._clear()
-            print(f"{_clock(time.monotonic() - self._began)}  {label}{text}", flush=True)
+            line = f"{_clock(time.monotonic() - self._began)}  {label}{text}"
+            if self._live:
+                self._live.console.print(line, markup=False, soft_wrap=True)
+            else:
+                print(line, flush=True)
             self._last = time.monotonic()
 
-    def skip(self, trials: int) -> None:
-        """These trials were done in an earlier run of the study."""
-        self._skipped += trials
+    def expect(self, domain: str, trials: int, done: int) -> None:
+        """So many trials in all, of which so many were done in earlier runs of the study."""
+        with self._lock:
+            self._domains[domain].trials, self._domains[domain].skipped = trials, done
 
-    def at(self, domain: str, trial: int, step: int) -> None:
+    def scores(
+        self, domain: str, *, direct: float | None = None, paper: float | None = None, best: float | None = None
+    ) -> None:
+        """Scores on val that are known now; the best of those given as ``best``, and Direct, is kept."""
+        with self._lock:
+            now = self._domains[domain]
+            now.direct = now.direct if direct is None else direct
+            now.paper = now.paper if paper is None else paper
+            now.best = max((b for b in (now.best, direct, best) if b is not None), default=None)
+
+    def at(self, domain: str, trial: str, step: int) -> None:
         """A trial has reached a step."""
         with self._lock:
-            self._running[domain, trial] = step
+            self._first = self._first or time.monotonic()
+            self._domains[domain].running[trial] = step
 
-    def ended(self, domain: str, trial: int, text: str) -> None:
-        """A trial is over."""
+    def ended(self, domain: str, trial: str, text: str, *, early: bool) -> None:
+        """A trial is over; early: it did not run to its end."""
         with self._lock:
-            self._running.pop((domain, trial), None)
-            self._ended += 1
-        self.say(f"trial {trial}/{self._trials}  {text}", domain)
+            now = self._domains[domain]
+            now.ended.append(now.running.pop(trial, 0))
+            now.stopped += early
+        self.say(text, domain)
 
     def tick(self) -> None:
-        """To be called about once a second: refreshes the line of what is going on."""
-        now = time.monotonic()
+        """To be called about once a second: refreshes the table, or says a line when there has been none for long."""
         with self._lock:
-            if self._terminal:
-                self._clear()
-                print(f"{_clock(now - self._began)}  {self._now(now)}"[:120], end="", file=sys.stderr, flush=True)
-            quiet = not self._terminal and now - self._last > QUIET_SECONDS
-        if quiet:
-            self.say(self._now(now))
+            if self._live:
+                self._live.update(self._table(), refresh=True)
+            elif time.monotonic() - self._last > QUIET_SECONDS:
+                self.say(self._now())
 
-    def _now(self, now: float) -> str:
-        done = self._ended + self._skipped
-        left = ""
-        if self._ended and done < self._total:
-            left = f", about {_clock((now - self._began) / self._ended * (self._total - done)).strip()} left"
-        running = [f"{d} {n} at step {s}/{self._steps}" for (d, n), s in sorted(self._running.items())]
-        return f"{done} of {self._total} trials done{left}" + (f"; running: {', '.join(running)}" if running else "")
+    def _left(self) -> float | None:
+        """Seconds until the last trial's end, if they go on at the pace until now."""
+        rows = self._domains.values()
+        done = sum(r.steps_done for r in rows)
+        if self._first is None or not done:
+            return None
+        return sum(r.steps_left for r in rows) * (time.monotonic() - self._first) / done
 
-    def _clear(self) -> None:
-        if self._terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+    def _now(self) -> str:
+        rows = self._domains.values()
+        left = self._left()
+        said = f"{sum(r.done for r in rows)} of {sum(r.trials for r in rows)} trials done"
+        said += f", about {_clock(left).strip()} left" if left else ""
+        running = [f"{d} {n} at step {s}" for d, r in self._domains.items() for n, s in sorted(r.running.items())]
+        return said + (f"; running: {', '.join(running)}" if running else "")
+
+    def _table(self) -> Table:
+        left = self._left()
+        title = f"{_clock(time.monotonic() - self._began).strip()} gone"
+        title += f", about {_clock(left).strip()} left" if left else ""
+        table = Table(title=title, title_justify="left", title_style="bold")
+        table.add_column("domain")
+        for head in ("done", "running", "stopped early", "Direct", "paper's", "best so far", "gain"):
+            table.add_column(head, justify="right")
+        for name, r in self._domains.items():
+            known = r.best is not None and r.direct is not None
+            gain = f"{100 * (r.best - r.direct):+.1f}" if known else ""  # type: ignore[operator]
+            scores = ("" if s is None else f"{s:.3f}" for s in (r.direct, r.paper, r.best))
+            table.add_row(name, f"{r.done}/{r.trials}", str(len(r.running)), str(r.stopped), *scores, gain)
+        return table
 
 
 def _clock(seconds: float) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from tuning import plots
-from tuning.domain import PICTURE, RESULT
+from tuning.conclusion import PICTURE, RESULT
 from tuning.listener import ENDED
 from tuning.plan import COLUMNS, WORDS, Plan
 from tuning.study import PLAN, find_study

@@ -13,9 +13,10 @@ from tuning.trainer import METRIC
 
 
 class Stopping(TrialScheduler):
-    """Beside one of Tune's schedulers: never stops a reference, with which all are compared, nor one at its last step.
+    """Beside one of Tune's schedulers: never stops a reference, with which all are compared, what confirms a search,
+    nor a trial at its last step.
 
-    When the budget is spent, it stops whatever has been evaluated.
+    When the budget is spent, it stops whatever of the search has been evaluated.
     """
 
     def watch(self, budget: Budget) -> None:
@@ -26,6 +27,8 @@ class Stopping(TrialScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Whether the trial goes on."""
+        if "role" in trial.config:
+            return TrialScheduler.CONTINUE
         decision = super().on_trial_result(tune_controller, trial, result)
         if result.get("last"):
             return TrialScheduler.CONTINUE
@@ -36,6 +39,11 @@ class Stopping(TrialScheduler):
             self.stopped[trial.trial_id] = "pruned"
             return TrialScheduler.STOP
         return TrialScheduler.CONTINUE  # nor is any paused for others to catch up
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        """Nobody is measured by what only confirms the search, such as Supervised."""
+        if "role" not in trial.config:
+            super().on_trial_complete(tune_controller, trial, result)
 
 
 class Halving(Stopping, ASHAScheduler):

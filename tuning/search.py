@@ -1,4 +1,4 @@
-"""What a domain's Tuner asks for its next trial: the references first, then what the Optuna study proposes."""
+"""What a domain's Tuner asks for its next trial: the references, what the Optuna study proposes, what confirms it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,10 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from tuning.budget import Budget
+from tuning.confirm import Confirmation, Proposal
 from tuning.plan import Plan
 from tuning.sampler import Point, ask
 from tuning.trainer import METRIC
-
-Proposal = dict[str, Any]
-"""A trial as plain data: ``number``; ``label``, what it is; ``config``, every hyperparameter by path; ``point``, where
-it lies in the space, None for one that the space does not hold; ``optuna``, its number in the Optuna study;
-``reference`` for one of :data:`tuning.plan.REFERENCES`; and for one that goes on, ``run``, its run in MLflow,
-``resume``, the path of its checkpoint, and ``state``, what the listener knew of it.
-"""
 
 LABELS = {"paper": "paper's hyperparameters", "defaults": "model's defaults"}
 
@@ -32,16 +26,19 @@ class Search(Searcher):
 
     def __init__(
         self, plan: Plan, study: optuna.Study, numbers: Sequence[int], references: Sequence[str],
-        unfinished: Sequence[Proposal], budget: Budget, stopped: Mapping[str, str],
+        unfinished: Sequence[Proposal], confirmation: Confirmation, budget: Budget, stopped: Mapping[str, str],
     ) -> None:  # fmt: skip
         """numbers: of the new trials. references: those still to be run that the space does not hold, which Optuna
-        never sees. unfinished: trials of an earlier run, to go on with. stopped: what the scheduler has stopped, by
-        trial, and why.
+        never sees. unfinished: trials of an earlier run, to go on with. confirmation: what comes beside and after the
+        search, on whatever budget. stopped: what the scheduler has stopped, by trial, and why.
         """
         super().__init__(metric=METRIC, mode="max")
         self._plan, self._study, self._budget, self._stopped = plan, study, budget, stopped
         self._numbers, self._references, self._unfinished = list(numbers), list(references), list(unfinished)
+        self._confirmation = confirmation
         self._trials: dict[str, optuna.Trial] = {}
+        self._live: dict[str, Proposal] = {}
+        """The search's own trials that have not ended."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Ray saves its searchers again and again, and nobody ever reads that."""
@@ -54,12 +51,21 @@ class Search(Searcher):
         """Nothing: as :meth:`save`."""
 
     def suggest(self, trial_id: str) -> Any:
-        """The next trial's proposal, or that there is none when the budget is spent."""
+        """The next trial's proposal; None while that depends on trials that have not ended; or that there is none."""
         if self._unfinished:
-            return self._go_on(trial_id, self._unfinished.pop(0))
-        if self._budget.over():
-            return Searcher.FINISHED
-        number = self._numbers.pop(0)
+            found: Proposal | None = self._go_on(trial_id, self._unfinished.pop(0))
+        elif self._numbers and not self._budget.over():
+            found = self._next(trial_id, self._numbers.pop(0))
+        else:
+            found = self._confirmation.beside()
+            if not found and self._live:
+                return None
+            found = found or self._confirmation.after()
+        if found and "role" not in found:
+            self._live[trial_id] = found
+        return found or Searcher.FINISHED
+
+    def _next(self, trial_id: str, number: int) -> Proposal:
         if self._references:
             return self._proposal(number, None, self._references.pop(0))
         trial = self._study.ask()
@@ -92,7 +98,10 @@ class Search(Searcher):
             trial.report(result[METRIC], result["step"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tells Optuna how a trial has ended."""
+        """Tells Optuna, and what confirms the search, how a trial has ended."""
+        proposal = self._live.pop(trial_id, None)
+        if proposal and not error and result and METRIC in result:
+            self._confirmation.learn(proposal["number"], result[METRIC], proposal["config"])
         trial = self._trials.pop(trial_id, None)
         if trial is None:
             return

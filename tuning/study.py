@@ -17,7 +17,8 @@ from mlflow.entities import Run as Stored
 
 from tuning import runtime
 from tuning.budget import Budget
-from tuning.domain import RESULT, Context, DomainSearch, study_tags
+from tuning.conclusion import RESULT
+from tuning.domain import Context, DomainSearch, study_tags
 from tuning.plan import BUDGET, Plan
 from tuning.progress import Board
 from tuning.sampler import open_storage, open_study
@@ -122,8 +123,9 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
     side_by_side = min(slots, max(2, -(-slots // len(names))))
     stop = threading.Event()
     context = Context(plan, tracker, board, run, side_by_side, budget, stop)
+    count = f"{len(names)} domain{'s' if len(names) > 1 else ''}"
     board.say(
-        f"study {plan.name!r}: {len(names)} domains, {plan.trials} trials each of {plan.base.steps} steps, "
+        f"study {plan.name!r}: {count}, {plan.trials} trials each of {plan.base.steps} steps, "
         f"model {plan.model}, {plan.base.prompt} prompts, {slots} trials at once"
     )
     for domain in domains:
@@ -133,7 +135,7 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
         DomainSearch(context, given, name, study, before.get(name))
         for given, name, study in zip(plan.domains, names, studies, strict=True)
     ]
-    with _stoppable():
+    with _stoppable(), board:
         try:
             for search in searches:
                 search.start()
@@ -156,7 +158,7 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
     result = {
         "study": plan.name, "run_id": run.id, "tracking_uri": tracker.uri, "model": plan.model,
         "prompt": plan.base.prompt, "trials": plan.trials, "steps": plan.base.steps, "workers": plan.workers,
-        "seed": plan.base.seed, "seconds": round(time.monotonic() - began, 1),
+        "seed": plan.base.seed, "seeds": plan.seeds, "seconds": round(time.monotonic() - began, 1),
         "gpu_hours": round(budget.gpu_hours(), 4),
         "gap_between_trials": {"median": statistics.median(gaps), "max": max(gaps)} if gaps else None,
         "domains": rows,

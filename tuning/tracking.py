@@ -25,6 +25,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.entities import Run as Stored
 from mlflow.exceptions import MlflowException, RestException
 
+from wesam.config import Config, Value
 from wesam.errors import InputError
 
 T = TypeVar("T")
@@ -33,6 +34,8 @@ Level = Literal["study", "domain", "trial"]
 
 EXPERIMENT = "wesam"
 PARENT = "mlflow.parentRunId"
+ROLE = "wesam.role"
+"""The tag of a trial that is none of the search's own."""
 PATIENCE = 5.0
 """Seconds between two attempts to reach a server that does not answer."""
 
@@ -200,6 +203,7 @@ class Trial:
     """A trial that has ended, as MLflow has it."""
 
     number: int
+    """Among the search's trials; the seed of one that has a role."""
     run_id: str
     label: str
     reference: str | None
@@ -218,6 +222,12 @@ class Trial:
     """Seconds that the worker was idle before it."""
     metrics: dict[str, float]
     """The last value of each."""
+    of: int | None = None
+    """The trial whose configuration this is, trained again."""
+
+    def flat(self) -> dict[str, Value]:
+        """Every hyperparameter, as :meth:`wesam.Config.flat` has it."""
+        return Config().parse([f"{k}={v}" for k, v in self.config.items()]).flat()
 
     @property
     def pruned(self) -> bool:
@@ -225,12 +235,12 @@ class Trial:
         return self.ended == "pruned"
 
 
-def trials(tracker: Tracker, domain_run: str) -> list[Trial]:
-    """The finished trials of a domain that have an adapter, in order."""
+def trials(tracker: Tracker, domain_run: str, role: str | None = None) -> list[Trial]:
+    """The finished trials of a domain that have an adapter, in order: the search's own, or those of another role."""
     found = []
     for run in tracker.find("trial", parent=domain_run):
         tags, metrics = run.data.tags, run.data.metrics
-        if run.info.status == "FINISHED" and "best_step" in metrics:
+        if run.info.status == "FINISHED" and "best_step" in metrics and tags.get(ROLE) == role:
             proposal = json.loads(tags["wesam.proposal"])
             found.append(
                 Trial(
@@ -246,6 +256,7 @@ def trials(tracker: Tracker, domain_run: str) -> list[Trial]:
                     ended=tags["ended"],
                     gap=metrics.get("gap"),
                     metrics=dict(metrics),
+                    of=proposal.get("of"),
                 )
             )
     return sorted(found, key=lambda t: t.number)

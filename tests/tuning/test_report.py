@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tuning.domain import missing
+from tuning.conclusion import missing
 from tuning.report import Trust, _warmth
 from tuning.tracking import Trial
 

@@ -14,6 +14,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from tuning.budget import Budget
+from tuning.confirm import Confirmation, winner
 from tuning.plan import REFERENCES, Plan, make_plan
 from tuning.sampler import ask, catch_up, distributions, encoded, enqueue, open_storage, open_study, shown
 from tuning.schedulers import make_scheduler
@@ -32,7 +33,10 @@ def begin(plan: Plan, **changed: Any) -> tuple[Search, optuna.Study, dict[str, s
     study = open_study(plan, "camouflaged", open_storage(plan.optuna_url()))
     enqueue(study, plan, REFERENCES)
     stopped: dict[str, str] = {}
-    given: dict[str, Any] = {"numbers": range(1, 100), "references": (), "unfinished": (), "budget": Budget(plan)}
+    given: dict[str, Any] = {
+        "numbers": range(1, 100), "references": (), "unfinished": (), "budget": Budget(plan),
+        "confirmation": Confirmation(plan, 0.4, {}, (), supervised=True),
+    }  # fmt: skip
     return Search(plan, study, stopped=stopped, **{**given, **changed}), study, stopped
 
 
@@ -165,7 +169,8 @@ def test_an_interrupted_study_goes_on_in_optuna(tmp_path: Path) -> None:
     assert states[2] == TrialState.RUNNING
     assert states[3] == TrialState.FAIL
     assert states[7] == TrialState.COMPLETE
-    again = Search(plan, study, range(8, 10), (), [unfinished], Budget(plan), {})
+    confirmation = Confirmation(plan, 0.4, {}, (), supervised=False)
+    again = Search(plan, study, range(8, 10), (), [unfinished], confirmation, Budget(plan), {})
     assert again.suggest("x") == unfinished
     again.on_trial_result("x", result(0.6, 8))
     again.on_trial_complete("x", result(0.6, 8))
@@ -180,7 +185,7 @@ def test_a_budget_that_is_spent_ends_the_search(tmp_path: Path) -> None:
     assert search.suggest("a")["number"] == 1
     budget.begin("camouflaged", "a")
     assert budget.over()
-    assert search.suggest("b") == Searcher.FINISHED
+    assert search.suggest("b")["role"] == "supervised", "the budget is the search's"
     scheduler = make_scheduler(plan, budget)
     trial: Any = SimpleNamespace(trial_id="a", config={"reference": "paper"})
     scheduler.on_trial_add(None, trial)
@@ -190,6 +195,50 @@ def test_a_budget_that_is_spent_ends_the_search(tmp_path: Path) -> None:
     assert budget.gpu_hours() == pytest.approx(budget.gpu_hours()), "nothing runs, nothing is spent"
     assert Budget(make(tmp_path, hours=1e-13)).over()
     assert not Budget(make(tmp_path)).over()
+
+
+def test_the_winner_is_trained_again_when_the_search_has_ended_and_supervised_beside_it(tmp_path: Path) -> None:
+    plan = make(tmp_path, seeds=2, seed=5)
+    search, _, _ = begin(plan, numbers=range(1, 4))
+    found = [search.suggest(name) for name in "abc"]
+    beside = [search.suggest(name) for name in "de"]
+    assert [(p["role"], p["number"], p["config"]["method"]) for p in beside] == [
+        ("supervised", 6, "supervised"), ("supervised", 7, "supervised")
+    ]  # fmt: skip
+    assert search.suggest("f") is None, "nobody knows who wins"
+    search.on_trial_complete("a", result(0.5, 8))
+    search.on_trial_complete("b", result(0.6, 4))
+    search.on_trial_complete("d", result(0.9, 8))
+    assert search.suggest("f") is None
+    search.on_trial_complete("c", error=True)
+    again = [search.suggest(name) for name in "fg"]
+    assert [(p["role"], p["number"], p["of"]) for p in again] == [("seed", 6, 2), ("seed", 7, 2)]
+    assert again[0]["config"] == {**found[1]["config"], "seed": 6}
+    assert search.suggest("h") == Searcher.FINISHED
+
+
+def test_what_has_been_confirmed_is_not_confirmed_again(tmp_path: Path) -> None:
+    plan = make(tmp_path, seeds=2)
+    known = {1: (0.5, plan.base.flat()), 2: (0.6, plan.base.flat())}
+    done = [("supervised", 1, None), ("seed", 1, 2), ("seed", 2, 1)]
+    confirmation = Confirmation(plan, 0.4, known, done, supervised=True)
+    beside = confirmation.beside()
+    assert beside is not None
+    assert (beside["role"], beside["number"]) == ("supervised", 2)
+    assert confirmation.beside() is None
+    after = confirmation.after()
+    assert after is not None
+    assert (after["number"], after["of"]) == (2, 2)
+    assert confirmation.after() is None
+
+
+def test_a_winner_must_beat_direct() -> None:
+    assert winner({1: 0.5, 2: 0.7, 3: 0.7}, 0.6) == 2
+    assert winner({1: 0.5, 2: 0.6004}, 0.6) is None
+    assert winner({}, 0.6) is None
+    confirmation = Confirmation(make_plan({"domains": ["camouflaged"]}, []), 0.6, {}, (), supervised=False)
+    confirmation.learn(1, 0.6, {})
+    assert (confirmation.beside(), confirmation.after()) == (None, None)
 
 
 def test_a_point_is_the_same_after_optuna(tmp_path: Path) -> None:
@@ -250,6 +299,10 @@ def test_what_is_behind_is_stopped_but_never_a_reference_nor_before_it_has_warme
         goods.append(good)
     paper: Any = Found(trial_id="paper", config={"reference": "paper"})
     bad: Any = Found(trial_id="bad", config={"point": {}})
+    upper: Any = Found(trial_id="upper", config={"role": "supervised"})
+    scheduler.on_trial_add(None, upper)  # type: ignore[arg-type]
+    assert on_result(upper, 0.99, 4) == TrialScheduler.CONTINUE
+    scheduler.on_trial_complete(waiting, upper, result(0.99, 8))
     for t in (paper, bad):
         scheduler.on_trial_add(None, t)  # type: ignore[arg-type]
     assert on_result(paper, 0.1, 4) == TrialScheduler.CONTINUE
