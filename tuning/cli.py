@@ -78,6 +78,10 @@ def _parser() -> Parser:
         help="what trials are chosen by on val: miou, f1, label-free, or auto: mIoU, but label-free without masks",
     )  # fmt: skip
     p.add_argument(
+        "--joint", metavar="HOW",
+        help="one configuration for all domains, by its mean gain over Direct or the worst domain's: mean or worst",
+    )  # fmt: skip
+    p.add_argument(
         "--minimize", action="append", metavar="COST", help="size (of the adapter) or seconds (of a step) as well"
     )
     p.add_argument("--workers", type=int, help="workers per trial (default: 1)")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from tuning import judge, registry
-from tuning.budget import Budget
+from tuning import joint, judge, registry
 from tuning.confirm import SEED, SUPERVISED, winner
-from tuning.plan import MARGIN, Plan
+from tuning.plan import MARGIN
+from tuning.target import Context, Target
 from tuning.tracking import Run, Tracker, Trial, trials
-from wesam import Scores
 
 Row = dict[str, Any]
 """A domain's line of the result; its keys are explained in docs/study.md."""
@@ -21,66 +21,111 @@ RESULT, PICTURE = "result.json", "overlay.png"
 """Artifacts of a domain's run; the study's has the first one too."""
 
 
-def conclude(
-    task: judge.Task, name: str, plan: Plan, tracker: Tracker, run: Run, found: Mapping[str, Scores],
-    tags: Mapping[str, str], budget: Budget,
-) -> Row:  # fmt: skip
-    """Has the winner, its configuration with other seeds and the references meet test, once; registers an adapter.
+@dataclass(frozen=True)
+class Verdict:
+    """What val says of a search."""
 
-    run: the domain's. found: scores of :func:`tuning.judge.references`. tags: of the adapter's version. Raises
-    RuntimeError if no trial has come to a result.
+    searched: list[Trial]
+    best: Trial | None
+    """The trial with the best score, if that is above Direct's."""
+    again: list[Trial]
+    """Its configuration with other seeds."""
+    score: float
+    """Of that configuration: over these seeds if there are any; Direct's if there is no best."""
+    beaten: bool
+    """Whether Direct is: by the best trial, and by what it has come to with other seeds."""
+    supervised: list[Trial]
+
+    @property
+    def chosen(self) -> Trial | None:
+        """Whose adapter is handed out: of the winner and its repetitions the one that is best on val."""
+        return max((self.best, *self.again), key=lambda t: t.best) if self.beaten and self.best else None
+
+    @property
+    def paper(self) -> Trial | None:
+        """The trial with the paper's hyperparameters."""
+        return next((t for t in self.searched if t.reference == "paper"), None)
+
+    @property
+    def tested(self) -> list[Trial]:
+        """Those that are to meet test."""
+        winners = [self.best, *self.again] if self.beaten else []
+        return [t for t in (self.paper, *self.supervised, *winners) if t]
+
+
+def conclude(c: Context, run: Run, targets: Sequence[Target]) -> list[Row]:
+    """Has the winner, its configuration with other seeds and the references meet test, once; registers adapters.
+
+    run: the parent of the trials. targets: the domains that were searched. Returns a row for each. Raises RuntimeError
+    if no trial has come to a result.
     """
-    searched = trials(tracker, run.id)
+    direct = {t.name: t.direct for t in targets}
+    verdict = _verdict(c.tracker, run.id, joint.score(c.plan, direct, direct))
+    return [_row(c, run, target, verdict) for target in targets]
+
+
+def _verdict(tracker: Tracker, parent: str, direct: float) -> Verdict:
+    searched = trials(tracker, parent)
     if not searched:
         raise RuntimeError("no trial has come to a result; what ended each of them is in the lines above")
-    direct = found["direct_val"].value(plan.objective)
-    best = _trial(searched, winner({t.number: t.best for t in searched}, direct))
-    again = [t for t in trials(tracker, run.id, SEED) if best and t.of == best.number]
-    supervised = trials(tracker, run.id, SUPERVISED)
-    paper = next((t for t in searched if t.reference == "paper"), None)
-    repeated = statistics.mean(t.best for t in again or [best]) if best else direct
-    held = best if repeated > direct + MARGIN else None
-    wanted = {t.run_id: t for t in (paper, *supervised, *([held, *again] if held else ())) if t}
-    adapters = {i: tracker.files(i, "adapter") for i in wanted}
-    on_test = judge.judged(task, adapters)
-    # of the winner and its repetitions the one that is best on val is handed out
-    chosen = max((held, *again), key=lambda t: t.best) if held else None
-    picture = judge.picture(task, adapters[chosen.run_id] if chosen else None)
-    run.attach(lambda: {PICTURE: picture})
+    number = winner({t.number: t.best for t in searched}, direct)
+    best = next((t for t in searched if t.number == number), None)
+    again = [t for t in trials(tracker, parent, SEED) if best and t.of == best.number]
+    score = statistics.mean(t.best for t in again or [best]) if best else direct
+    return Verdict(searched, best, again, score, score > direct + MARGIN, trials(tracker, parent, SUPERVISED))
 
-    test = found["direct_test"]
-    scores = [on_test[t.run_id].objective for t in again or [held]] if held else [test.objective]
-    upper = [on_test[t.run_id].objective for t in supervised]
+
+def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
+    plan, found, chosen, paper, best = c.plan, target.found, verdict.chosen, verdict.paper, verdict.best
+    folder = f"adapter/{target.name}" if plan.joint else "adapter"
+    adapters = {t.run_id: c.tracker.files(t.run_id, folder) for t in verdict.tested}
+    on_test = judge.judged(target.task, adapters)
+    picture = judge.picture(target.task, adapters[chosen.run_id] if chosen else None)
+    target.run.attach(lambda: {PICTURE: picture})
+
+    test, direct = found["direct_test"], target.direct.value(plan.objective)
+    repeated = verdict.again or ([best] if best else [])
+    winners = [on_test[t.run_id].objective for t in repeated] if chosen else [test.objective]
+    upper = [on_test[t.run_id].objective for t in verdict.supervised]
+    on_val = target.direct.name(plan.objective)
+    key = joint.metric(f"val_{on_val}", target.name) if plan.joint else ""
+
+    def val(of: Sequence[Trial]) -> float | None:
+        """A joint study's trials are ranked by their gain; this is the domain's own score at that evaluation."""
+        return statistics.mean(c.tracker.at(t.run_id, key, t.best_step) if key else t.best for t in of) if of else None
+
     row: Row = {
-        "domain": name, "given": task.domain, "run_id": run.id, "score": test.chosen_by,
+        "domain": target.name, "given": target.given, "run_id": target.run.id, "trials_of": run.id,
+        "joint": plan.joint, "score": test.chosen_by,
         **{k: s.objective if (s := found.get(f"{k}_test")) else None for k in judge.DRAWN},
         "direct": test.objective, "paper": on_test[paper.run_id].objective if paper else None,
-        **_summary("best", scores), **_summary("supervised", upper),
-        "gap_closed": _share(test.objective, statistics.mean(scores), statistics.mean(upper) if upper else None),
+        **_summary("best", winners), **_summary("supervised", upper),
+        "gap_closed": _share(test.objective, statistics.mean(winners), statistics.mean(upper) if upper else None),
         "best_f1": on_test[chosen.run_id].f1 if chosen else test.f1,
         "val": {
-            "score": (name_on_val := found["direct_val"].name(plan.objective)),
-            **{k: getattr(found.get(f"{k}_val"), name_on_val, None) for k in judge.DRAWN},
-            "direct": direct, "paper": paper.best if paper else None, "best": repeated if held else direct,
-            "supervised": statistics.mean(t.best for t in supervised) if supervised else None,
+            "score": on_val, **{k: getattr(found.get(f"{k}_val"), on_val, None) for k in judge.DRAWN},
+            "direct": direct, "paper": val([paper] if paper else []),
+            "best": val(repeated) if chosen else direct,
+            "supervised": val(verdict.supervised),
         },
-        "trials": len(searched), "pruned": sum(t.pruned for t in searched),
-        "best_trial": held.number if held else None, "best_run": chosen.run_id if chosen else None,
-        "config": held.config if held else None, "cost": _cost(searched, again + supervised),
+        "trials": len(verdict.searched), "pruned": sum(t.pruned for t in verdict.searched),
+        "best_trial": best.number if chosen and best else None, "best_run": chosen.run_id if chosen else None,
+        "config": best.config if chosen and best else None,
+        "cost": _cost(verdict.searched, verdict.again + verdict.supervised),
     }  # fmt: skip
     for split, part in (("test", row), ("val", row["val"])):
-        run.log({f"{k}_{split}_{part['score']}": part[k] for k in LOGGED if part.get(k) is not None})
-    lost = missing(plan.trials, searched, spent=budget.over())
-    if chosen is None or held is None:
-        row["outcome"] = _unbeaten(best, repeated, direct) + lost
+        target.run.log({f"{k}_{split}_{part['score']}": part[k] for k in LOGGED if part.get(k) is not None})
+    lost = missing(plan.trials, verdict.searched, spent=c.budget.over())
+    if chosen is None or best is None:
+        row["outcome"] = _unbeaten(verdict) + lost
         return row
-    registered = {
-        **tags, "study": plan.name, "trial": str(held.number), "crop": str(plan.base.crop),
-        "score": row["val"]["score"], f"val_{row['val']['score']}": f"{repeated:.6f}",
-        "adapter_test": f"{on_test[chosen.run_id].objective:.6f}", "test_seeds": json.dumps([t.number for t in again]),
-        **_as_tags(row, test.chosen_by),
+    tags = {
+        **target.tags, "study": plan.name, "trial": str(best.number), "crop": str(plan.base.crop), "joint": plan.joint,
+        "score": on_val, f"val_{on_val}": f"{row['val']['best']:.6f}",
+        "adapter_test": f"{on_test[chosen.run_id].objective:.6f}",
+        "test_seeds": json.dumps([t.number for t in verdict.again]), **_as_tags(row, test.chosen_by),
     }  # fmt: skip
-    row["version"], outcome = registry.promote(tracker, name, chosen.run_id, registered)
+    row["version"], outcome = registry.promote(c.tracker, target.name, chosen.run_id, tags, folder)
     row["outcome"] = outcome + lost
     return row
 
@@ -98,18 +143,11 @@ def missing(wanted: int, found: Sequence[Trial], *, spent: bool) -> str:
     return f"; {failed} of {wanted} trials failed" if failed else ""
 
 
-def _trial(found: Sequence[Trial], number: int | None) -> Trial | None:
-    return next((t for t in found if t.number == number), None)
-
-
-def _unbeaten(best: Trial | None, repeated: float, direct: float) -> str:
+def _unbeaten(verdict: Verdict) -> str:
     said = "nothing beat Direct on val: use the model as it is; no adapter registered"
-    if best is None:
+    if verdict.best is None:
         return said
-    return (
-        f"{said} (trial {best.number} seemed to, with {best.best:.3f} to {direct:.3f}, but trained again with other "
-        f"seeds it has {repeated:.3f})"
-    )
+    return f"{said} (trial {verdict.best.number} seemed to, but not when it was trained again with other seeds)"
 
 
 def _summary(name: str, scores: Sequence[float]) -> Row:

@@ -1,148 +1,121 @@
-"""The search on one domain of a study: references, trials, and then what :mod:`tuning.conclusion` makes of them."""
+"""The search of a study on one domain, or jointly on several: references, trials, and their conclusion."""
 
 from __future__ import annotations
 
 import json
 import threading
 import traceback
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 
 import optuna
 from mlflow.entities import Run as Stored
 from ray import tune
 
-from tuning import judge, runtime
-from tuning.budget import Budget
+from tuning import joint, runtime
 from tuning.conclusion import RESULT, Row, conclude
 from tuning.confirm import DIRECT, SEED, SUPERVISED, Confirmation, Proposal
 from tuning.listener import CHECKPOINT, Listener
-from tuning.plan import REFERENCES, WORDS, Plan
-from tuning.progress import Board
+from tuning.plan import REFERENCES
 from tuning.sampler import catch_up, enqueue
 from tuning.schedulers import Stopping, make_scheduler
 from tuning.search import Search
-from tuning.tracking import ROLE, Run, Tracker, Trial, environment, trials
+from tuning.target import Context, Target
+from tuning.tracking import ROLE, Run, Tracker, Trial, trials
 from tuning.trainer import KEEP, METRIC, Setting, one_worker, several_workers
-from wesam import Config, Scores, load_domain
+from wesam import Config
 
 ERROR = "error.txt"
 """The artifact of a domain's run that says what ended its search, in full."""
 
 
-@dataclass(frozen=True)
-class Context:
-    """What the threads of a study share."""
-
-    plan: Plan
-    tracker: Tracker
-    board: Board
-    run: Run
-    side_by_side: int
-    """Trials of a domain at once."""
-    budget: Budget
-    stop: threading.Event
-
-
 class DomainSearch(threading.Thread):
-    """The search on one domain; afterwards ``row`` holds its result, or ``error`` and why."""
+    """A search; afterwards ``rows`` holds the result of each of its domains, or ``error`` and why."""
 
     def __init__(
-        self, context: Context, given: str, name: str, study: optuna.Study, before: Stored | None
+        self, context: Context, name: str, domains: Sequence[str], study: optuna.Study, before: Mapping[str, Stored]
     ) -> None:  # fmt: skip
-        """study: in Optuna. before: the domain's run, if it has been begun already."""
+        """name: the domain's, or :data:`tuning.joint.JOINT`. domains: as given. study: in Optuna. before: the runs of
+        domains and of a joint search that have been begun already, by name.
+        """
         super().__init__(name=name, daemon=True)
-        self._c, self._given, self._study, self._before = context, given, study, before
-        self._task = judge.Task(context.plan.model, given, context.plan.base)
-        domain = load_domain(given)
+        self._c, self._study, self._before = context, study, before.get(name)
+        targets = [Target(context, given, None) for given in domains]
+        for target in targets:
+            target.before = before.get(target.name)
+        self._targets = targets
         self._tags = {
-            **study_tags(context.plan), "domain": given, "data": domain.digest,
-            "annotations_left_out": str(len(domain.left_out)),
-        }  # fmt: skip
-        self.row: Row = {"domain": name, "error": "did not run"}
+            **targets[0].tags,
+            "domain": ", ".join(t.given for t in targets),
+            "data": joint.digest(t.domain for t in targets),
+        }
+        self.rows: list[Row] = [{"domain": t.name, "error": "did not run"} for t in targets]
         self.trials: list[Trial] = []
 
     def run(self) -> None:
         """Searches, judges, registers."""
+        c = self._c
         if self._before is not None and self._before.info.status == "FINISHED" and self._is_done(self._before):
-            self.row = json.loads(self._c.tracker.files(self._before.info.run_id, "")[RESULT])
-            self._c.board.expect(self.name, self._c.plan.trials, self._c.plan.trials)
+            done = [t.before for t in self._targets if t.before is not None]
+            self.rows = [json.loads(c.tracker.files(d.info.run_id, "")[RESULT]) for d in done]
+            c.board.expect(self.name, c.plan.trials, c.plan.trials)
             return
-        run = self._run()
+        runs = [t.open() for t in self._targets]
+        if c.plan.joint:
+            runs.append(
+                c.tracker.start(self.name, "domain", c.run, self._tags)
+                if self._before is None
+                else c.tracker.reopen(self._before)
+            )
         try:
-            self.row = self._row(run)
-            run.attach(lambda: {RESULT: json.dumps(self.row, indent=2).encode()})
-            run.close("FINISHED")
-        except Exception as e:  # the other domains go on
+            self.rows = self._concluded(runs[-1])
+            for target, row in zip(self._targets, self.rows, strict=True):
+                text = json.dumps(row, indent=2).encode()
+                target.run.attach(lambda text=text: {RESULT: text})  # type: ignore[misc]
+            for run in runs:
+                run.close("FINISHED")
+        except Exception as e:  # the other searches go on
             reason = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
-            self.row = {"domain": self.name, "error": reason}
-            if not self._c.stop.is_set():
-                self._c.board.say(f"failed: {reason}", self.name)
+            self.rows = [{"domain": t.name, "error": reason} for t in self._targets]
+            if not c.stop.is_set():
+                c.board.say(f"failed: {reason}", self.name)
                 told = traceback.format_exc().encode()
-                run.attach(lambda: {ERROR: told})
-                run.close("FAILED")
+                for run in runs:
+                    run.attach(lambda: {ERROR: told})
+                    run.close("FAILED")
 
     def _is_done(self, before: Stored) -> bool:
         """Whether the study has not been enlarged since."""
         found = self._c.tracker.find("trial", parent=before.info.run_id)
         return sum(ROLE not in r.data.tags for r in found) >= self._c.plan.trials
 
-    def _run(self) -> Run:
-        if self._before is not None:
-            return self._c.tracker.reopen(self._before)
-        return self._c.tracker.start(self.name, "domain", self._c.run, self._tags)
+    def _concluded(self, run: Run) -> list[Row]:
+        """run: the parent of the trials."""
+        c = self._c
+        new = [t.refer() for t in self._targets]
+        direct = {t.name: t.direct for t in self._targets}
+        if any(new):
+            self._trial_zero(run, joint.score(c.plan, direct, direct), joint.metrics(direct))
+        c.board.scores(self.name, direct=joint.score(c.plan, direct, direct))
+        self._search(run)
+        c.board.say("search done; the best on val meets test", self.name)
+        return conclude(c, run, self._targets)
 
-    def _row(self, run: Run) -> Row:
-        known = self._known_references()
-        found, vanished = (known, 0) if known else judge.references(self._task)
-        if not known:
-            run.log({f"{k}_{f}": v for k, s in found.items() for f, v in asdict(s).items() if v is not None})
-            run.log({"instances_vanished": vanished})
-            self._trial_zero(run, found["direct_val"])
-        if vanished:
-            text = "left out of training, less than a pixel wide or high at the model's input size"
-            self._c.board.say(f"{text}: {vanished} instances", self.name)
-        direct = found["direct_val"]
-        score = direct.name(self._c.plan.objective)
-        ellipse = getattr(found.get("ellipse_val"), score, None)
-        drawn = f"ellipse in the box {ellipse:.3f}, " if ellipse is not None else ""
-        self._c.board.say(f"{WORDS[score]} on val: {drawn}Direct {getattr(direct, score):.3f}", self.name)
-        self._c.board.scores(self.name, direct=getattr(direct, score))
-        self._search(run, direct)
-        self._c.board.say("search done; the best on val meets test", self.name)
-        return conclude(self._task, self.name, self._c.plan, self._c.tracker, run, found, self._tags, self._c.budget)
-
-    def _trial_zero(self, run: Run, direct: Scores) -> None:
+    def _trial_zero(self, run: Run, score: float, metrics: Mapping[str, float]) -> None:
         """Direct as a run among the trials, to be compared with them in MLflow's pages."""
-        tags = {ROLE: DIRECT, "wesam.trial": "0", "label": "Direct", "ended": "finished"}
         about = {"number": 0, "label": "Direct", "point": None}
-        zero = self._c.tracker.start(
-            f"{self.name} Direct", "trial", run, {**self._tags, **tags, "wesam.proposal": json.dumps(about)}
-        )
-        score = direct.value(self._c.plan.objective)
-        metrics = {f"val_{k}": v for k, v in direct.known().items()} | {"val_collapsed": direct.collapsed}
+        tags = {ROLE: DIRECT, "wesam.trial": "0", "label": "Direct", "ended": "finished"}
+        tags |= {**self._tags, "wesam.proposal": json.dumps(about)}
+        zero = self._c.tracker.start(f"{self.name} Direct", "trial", run, tags)
         zero.log(
             {**metrics, METRIC: score, "best_step": 0, "last_step": 0},
             params={**self._c.plan.base.flat(), "method": DIRECT},
         )
         zero.close()
 
-    def _known_references(self) -> dict[str, Scores]:
-        """Those of an earlier run of this study: test is read once."""
-        metrics = self._before.data.metrics if self._before else {}
-        if "direct_test_images" not in metrics:
-            return {}
-        names = (*judge.DRAWN, "direct")
-        keys = [f"{k}_{s}" for k in names for s in ("val", "test") if f"{k}_{s}_images" in metrics]
-        return {
-            k: Scores(
-                int(metrics[f"{k}_images"]), int(metrics[f"{k}_instances"]), metrics.get(f"{k}_miou"),
-                metrics.get(f"{k}_f1"), metrics.get(f"{k}_label_free"), metrics[f"{k}_collapsed"],
-            )
-            for k in keys
-        }  # fmt: skip
-
-    def _search(self, run: Run, direct: Scores) -> None:
+    def _search(self, run: Run) -> None:
         plan, c = self._c.plan, self._c
+        direct = {t.name: t.direct for t in self._targets}
+        start = joint.score(plan, direct, direct)
         done = trials(c.tracker, run.id)
         unfinished = [] if self._before is None else _unfinished(c.tracker, run.id)
         going_on = [p for p in unfinished if "role" not in p]
@@ -150,9 +123,9 @@ class DomainSearch(threading.Thread):
         left = [n for n in range(1, plan.trials + 1) if n not in taken]
         again = [(role, t.number, t.of) for role in (SEED, SUPERVISED) for t in trials(c.tracker, run.id, role)]
         confirmation = Confirmation(
-            plan, direct.value(plan.objective), {t.number: (t.best, t.flat()) for t in done},
+            plan, start, {t.number: (t.best, t.flat()) for t in done},
             again + [(p["role"], p["number"], p.get("of")) for p in unfinished if "role" in p],
-            supervised=plan.has_supervised(load_domain(self._given)),
+            supervised=all(plan.has_supervised(t.domain) for t in self._targets),
         )  # fmt: skip
         count = len(left) + len(unfinished) + confirmation.most
         c.board.expect(self.name, len(done) + len(again) + count, len(done) + len(again))
@@ -166,10 +139,10 @@ class DomainSearch(threading.Thread):
             enqueue(self._study, plan, [r for r in missing if r in held])
             scheduler = make_scheduler(plan, c.budget)
             resources = runtime.worker_resources(plan.gpus_per_worker)
-            setting = Setting(plan=plan, domain=self._task.domain, direct=direct, resources=resources)
+            setting = Setting(plan=plan, direct={t.given: t.direct for t in self._targets}, resources=resources)
             listener = Listener(
-                plan, c.tracker, c.board, run, self._tags, direct, max((t.best for t in done), default=0.0),
-                scheduler.stopped, c.budget, c.stop
+                plan, c.tracker, c.board, run, self._tags, direct, max((t.best for t in done), default=start),
+                scheduler.stopped, c.budget, c.stop,
             )  # fmt: skip
             outside = [r for r in missing if r not in held]
             search = Search(
@@ -196,17 +169,6 @@ def _unfinished(tracker: Tracker, domain_run: str) -> list[Proposal]:
         go_on = {"config": config.flat(), "run": stored.info.run_id, "resume": state["latest"], "state": state}
         found.append((ROLE in tags, proposal["number"], {"point": None, **proposal, **go_on}))
     return [proposal for _, _, proposal in sorted(found, key=lambda f: f[:2])]
-
-
-def study_tags(plan: Plan) -> dict[str, str]:
-    """What every run of a study is tagged with, beside its hyperparameters: all that its numbers depend on."""
-    return {
-        **environment(),
-        "model": plan.model,
-        "prompt": plan.base.prompt,
-        "val_prompt": plan.base.scored_with,
-        "seed": str(plan.base.seed),
-    }
 
 
 def _tuner(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,11 +14,12 @@ from ray import tune
 from ray.train import Checkpoint
 from ray.tune.experiment import Trial
 
+from tuning import joint
 from tuning.budget import Budget
-from tuning.plan import MARGIN, WORDS, Plan
+from tuning.plan import MARGIN, Plan
 from tuning.progress import Board
 from tuning.tracking import Run, Tracker
-from tuning.trainer import METRIC
+from tuning.trainer import METRIC, folder_of
 from wesam import Scores
 from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE
 
@@ -42,7 +44,7 @@ class _Seen:
     label: str
     steps: int
     step: int = 0
-    best: float = 0.0
+    best: float = -math.inf
     best_step: int = 0
     latest: str | None = None
     checkpoint: str | None = None
@@ -66,14 +68,15 @@ class Listener(tune.Callback):
     """Runs in the driver, in the domain's thread."""
 
     def __init__(
-        self, plan: Plan, tracker: Tracker, board: Board, domain: Run, tags: Mapping[str, str], direct: Scores,
-        best: float, stopped: Mapping[str, str], budget: Budget, stop: threading.Event,
+        self, plan: Plan, tracker: Tracker, board: Board, domain: Run, tags: Mapping[str, str],
+        direct: Mapping[str, Scores], best: float, stopped: Mapping[str, str], budget: Budget, stop: threading.Event,
     ) -> None:  # fmt: skip
-        """domain: its run. tags: of all trials. direct: the source model, on val. best: the best score of trials of
-        an earlier run. stopped: what the scheduler has stopped, by trial, and why.
+        """domain: its run. tags: of all trials. direct: the source model on val, by domain. best: the best score of
+        trials of an earlier run. stopped: what the scheduler has stopped, by trial, and why.
         """
         self._plan, self._tracker, self._board, self._domain = plan, tracker, board, domain
-        self._direct, self._best = direct, max(best, direct.value(plan.objective) + MARGIN)
+        self._direct, self._start, self._word = direct, joint.score(plan, direct, direct), joint.word(plan, direct)
+        self._best = max(best, self._start + MARGIN)
         self._stopped, self._budget, self._stop, self._tags = stopped, budget, stop, tags
         self._seen: dict[str, _Seen] = {}
 
@@ -104,8 +107,7 @@ class Listener(tune.Callback):
                 f"wesam.{k}": str(proposal[k]) for k in ("reference", "role") if k in proposal
             }
             run = self._tracker.start(f"{self._domain.name} {name}", "trial", self._domain, tags)
-            known = {f"val_{k}": v for k, v in self._direct.known().items()}
-            run.log(known, step=0, params=proposal["config"])
+            run.log(joint.metrics(self._direct), step=0, params=proposal["config"])
         steps = int(proposal["config"]["steps"])
         self._seen[trial_id] = seen = _Seen(name, run, proposal["label"], steps, **proposal.get("state", {}))
         self._board.at(self._domain.name, name, seen.step)
@@ -145,7 +147,7 @@ class Listener(tune.Callback):
             return
         assert seen.checkpoint is not None
         checkpoint = Checkpoint(seen.checkpoint, cast(Any, trial).storage.storage_filesystem)
-        kept = seen.run.attach(lambda: _adapter(checkpoint), "adapter")
+        kept = seen.run.attach(lambda: _adapter(checkpoint, self._plan, self._direct), "adapter")
         ended = self._stopped.get(trial.trial_id, "finished" if seen.step == seen.steps else "diverged")
         seen.run.log(
             {"best_step": seen.best_step, "last_step": seen.step}, step=seen.step, tags={"ended": ended}, after=kept
@@ -154,12 +156,12 @@ class Listener(tune.Callback):
         if "role" not in trial.config and seen.best > self._best:
             self._best, better = seen.best, "  best so far"
         where = "" if ended == "finished" else f"  {ENDED[ended]} at step {seen.step}"
-        chosen_by, direct = WORDS[self._direct.name(self._plan.objective)], self._direct.value(self._plan.objective)
-        gain = round(seen.best - direct, 3) + 0.0  # which makes -0.0 a plain 0.0
+        gain = round(seen.best - self._start, 3) + 0.0  # which makes -0.0 a plain 0.0
         if "role" not in trial.config:
             paper = seen.best if trial.config.get("reference") == "paper" else None
             self._board.scores(self._domain.name, paper=paper, best=seen.best)
-        said = f"val {chosen_by} {seen.best:.3f} ({gain:+.3f} to Direct){where}{better}"
+        against = f"{gain:+.3f}" if self._plan.joint else f"{seen.best:.3f} ({gain:+.3f} to Direct)"
+        said = f"val {self._word} {against}{where}{better}"
         self._over(seen, "FINISHED", said, early=ended != "finished")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -190,6 +192,9 @@ def _reason(trial: Any) -> str:
     return lines[-1] if lines else "no reason given"
 
 
-def _adapter(checkpoint: Checkpoint) -> dict[str, bytes]:
-    with checkpoint.as_directory() as folder:
-        return {name: (Path(folder) / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
+def _adapter(checkpoint: Checkpoint, plan: Plan, domains: Iterable[str]) -> dict[str, bytes]:
+    """The files of the adapter, or of each domain's adapter, by their paths in the checkpoint."""
+    with checkpoint.as_directory() as place:
+        root = Path(place)
+        files = [folder_of(root, d, plan) / f for d in domains for f in (CONFIG_FILE, WEIGHTS_FILE)]
+        return {str(f.relative_to(root)): f.read_bytes() for f in files}

@@ -53,19 +53,21 @@ KEYS = {
     "name": str, "domains": list, "data": str, "model": str, "prompt": str, "trials": int, "steps": int, "workers": int,
     "seed": int, "seeds": int, "set": dict, "space": dict, "storage": str, "crop": float,
     "sampler": str, "scheduler": str, "objective": str, "minimize": list,
-    "hours": float, "gpu_hours": float, "gpus_per_worker": float, "optuna": str, "optuna_study": str, "from": str,
+    "joint": str, "hours": float, "gpu_hours": float, "gpus_per_worker": float,
+    "optuna": str, "optuna_study": str, "from": str,
 }  # fmt: skip
 """What a study's file may hold."""
 
 Sampler = Literal["tpe", "gp", "nsga2", "random"]
 Scheduler = Literal["asha", "median", "none"]
+Joint = Literal["", "mean", "worst"]
 Cost = Literal["size", "seconds"]
 """size: of the adapter in MB; seconds: of a step."""
 
 BUDGET = ("trials", "hours", "gpu_hours")
 """What may be raised when a study goes on."""
 
-_NAMED: dict[str, Any] = {"sampler": Sampler, "scheduler": Scheduler, "objective": Objective}
+_NAMED: dict[str, Any] = {"sampler": Sampler, "scheduler": Scheduler, "objective": Objective, "joint": Joint}
 """Keys with one of a few words."""
 
 WORD = r"[\w.+-]{1,100}"
@@ -101,6 +103,10 @@ class Plan:
     scheduler: Scheduler = "asha"
     objective: Objective = "auto"
     """What trials are chosen by."""
+    joint: Joint = ""
+    """One configuration for all domains, ranked by its mean gain over Direct or by the worst domain's; else each domain
+    has a search of its own.
+    """
     minimize: tuple[Cost, ...] = ()
     """What the sampler makes small besides; the best trial is the best by its score all the same."""
     hours: float = math.inf
@@ -293,6 +299,9 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
     for key, kind in _NAMED.items():
         with at(key):
             words |= {key: one_of(key, s[key], get_args(kind))} if key in s else {}
+    with at("joint"):
+        if words.get("joint") and (len(loaded) < 2 or any(d.name == "joint" for d in loaded)):
+            raise InputError("--joint needs two or more domains, none of which is called joint")
     with at("minimize"):
         minimize = tuple(dict.fromkeys(one_of("minimize", str(c), get_args(Cost)) for c in s.get("minimize", ())))
         if minimize and s.get("sampler") == "gp":

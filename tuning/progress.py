@@ -55,10 +55,10 @@ class _Domain:
 class Board:
     """The lines and the table of a study; any thread may write."""
 
-    def __init__(self, domains: Sequence[str], trials: int, steps: int) -> None:
-        """trials: per domain, but for :meth:`expect`; steps: of a trial."""
-        self._width = max(map(len, domains))
-        self._domains = {d: _Domain(trials, steps) for d in domains}
+    def __init__(self, searches: Sequence[str], domains: Sequence[str], trials: int, steps: int) -> None:
+        """searches: what the table has a line for. trials: per search, but for :meth:`expect`; steps: of a trial."""
+        self._width = max(map(len, (*searches, *domains)))
+        self._domains = {s: _Domain(trials, steps) for s in searches}
         self._began = self._last = time.monotonic()
         self._first: float | None = None
         self._lock = threading.RLock()

@@ -28,7 +28,9 @@ class Entry:
     known, score is ``label_free`` and those are val_label_free, ..."""
 
 
-def promote(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str]) -> tuple[int, str]:
+def promote(
+    tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str], folder: str = "adapter"
+) -> tuple[int, str]:
     """Registers the adapter of a trial's run; makes it champion if its score on val beats the present champion's.
 
     Scores on other data say nothing about each other, so a champion found on other data is always replaced.
@@ -42,7 +44,7 @@ def promote(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str])
         except MlflowException as e:
             if e.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        source = f"{client.get_run(run_id).info.artifact_uri}/adapter"
+        source = f"{client.get_run(run_id).info.artifact_uri}/{folder}"
         return int(client.create_model_version(name, source, run_id, tags=dict(tags)).version)
 
     before = champion(tracker, domain)

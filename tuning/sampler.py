@@ -61,6 +61,8 @@ def open_study(plan: Plan, domain: str, storage: RDBStorage) -> optuna.Study:
         "prompt": plan.base.prompt,
         "model": plan.model,
     }
+    if plan.joint:
+        about["joint"] = plan.joint
     before = study.user_attrs.get("about")
     if before is None:
         study.set_user_attr("about", about)
@@ -68,7 +70,7 @@ def open_study(plan: Plan, domain: str, storage: RDBStorage) -> optuna.Study:
             warnings.simplefilter("ignore")  # that names are experimental
             study.set_metric_names(["score", *plan.minimize])
     elif before != about:
-        changed = next(k for k in about if before.get(k) != about[k])
+        changed = next(k for k in (*about, *before) if before.get(k) != about.get(k))
         raise InputError(f"the Optuna study {name!r} exists with another {changed}: give another name")
     return study
 

@@ -18,10 +18,12 @@ from mlflow.entities import Run as Stored
 from tuning import runtime
 from tuning.budget import Budget
 from tuning.conclusion import RESULT
-from tuning.domain import Context, DomainSearch, study_tags
+from tuning.domain import DomainSearch
+from tuning.joint import JOINT
 from tuning.plan import BUDGET, Plan
 from tuning.progress import Board
 from tuning.sampler import open_storage, open_study
+from tuning.target import Context, study_tags
 from tuning.tracking import Tracker
 from wesam.config import Config, Value
 from wesam.data import load_domain
@@ -83,7 +85,7 @@ def best_of(name: str, tracker: Tracker) -> tuple[tuple[str, dict[str, Value]], 
     """The best configurations that a study has found, each with where: ``STUDY/DOMAIN``; for :attr:`Plan.warm`."""
     files = tracker.files(find_study(name, tracker).info.run_id, "")
     rows = json.loads(files[RESULT])["domains"] if RESULT in files else []
-    texts = {f"{name}/{row['domain']}": row["config"] for row in rows if row.get("config")}
+    texts = {f"{name}/{JOINT if row['joint'] else row['domain']}": row["config"] for row in rows if row.get("config")}
     if not texts:
         raise InputError(f"the study {name!r} has found nothing to begin with: no domain has a best trial yet")
     return tuple((where, Config().parse([f"{k}={v}" for k, v in t.items()]).flat()) for where, t in texts.items())
@@ -105,7 +107,9 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
     """stored: the study's run, if it has been begun already."""
     began = time.monotonic()
     domains = [load_domain(d) for d in plan.domains]
-    names = [d.name for d in domains]
+    searched = (
+        {JOINT: plan.domains} if plan.joint else {d.name: (g,) for d, g in zip(domains, plan.domains, strict=True)}
+    )
     before: dict[str, Stored] = {}
     if stored is not None:
         before = {r.data.tags["wesam.name"]: r for r in tracker.find("domain", parent=stored.info.run_id)}
@@ -113,28 +117,26 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
         if domain.name in before and before[domain.name].data.tags["data"] != domain.digest:
             raise InputError(f"the data of {domain.name!r} has changed since the study began: start a new study")
     storage = open_storage(plan.optuna_url())
-    studies = [open_study(plan, name, storage) for name in names]
+    studies = {name: open_study(plan, name, storage) for name in searched}
     budget = Budget(plan, _spent(tracker, before.values()))
     runtime.start()
     slots = runtime.slots(plan.workers, plan.gpus_per_worker)
     run = tracker.start(plan.name, "study", None, study_tags(plan)) if stored is None else tracker.reopen(stored)
     run.attach(lambda: {PLAN: plan.to_json().encode()})
-    board = Board(names, plan.trials, plan.base.steps)
-    side_by_side = min(slots, max(2, -(-slots // len(names))))
+    board = Board(list(searched), [d.name for d in domains], plan.trials, plan.base.steps)
+    side_by_side = min(slots, max(2, -(-slots // len(searched))))
     stop = threading.Event()
     context = Context(plan, tracker, board, run, side_by_side, budget, stop)
-    count = f"{len(names)} domain{'s' if len(names) > 1 else ''}"
+    count = f"{len(domains)} domain{'s' if len(domains) > 1 else ''}{' jointly' if plan.joint else ''}"
+    per = "" if plan.joint else " each"
     board.say(
-        f"study {plan.name!r}: {count}, {plan.trials} trials each of {plan.base.steps} steps, "
+        f"study {plan.name!r}: {count}, {plan.trials} trials{per} of {plan.base.steps} steps, "
         f"model {plan.model}, {plan.base.prompt} prompts, {slots} trials at once"
     )
     for domain in domains:
         if domain.left_out:
             board.say(f"{domain.name}: {len(domain.left_out)} wrong annotations are left out: wesam check lists them")
-    searches = [
-        DomainSearch(context, given, name, study, before.get(name))
-        for given, name, study in zip(plan.domains, names, studies, strict=True)
-    ]
+    searches = [DomainSearch(context, name, given, studies[name], before) for name, given in searched.items()]
     with _stoppable(), board:
         try:
             for search in searches:
@@ -153,7 +155,7 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
             runtime.stop()  # before the last records, which a server that is away can hold up
             tracker.close("KILLED")
             raise
-    rows = [s.row for s in searches]
+    rows = [row for s in searches for row in s.rows]
     gaps = [t.gap for s in searches for t in s.trials if t.gap is not None]
     result = {
         "study": plan.name, "run_id": run.id, "tracking_uri": tracker.uri, "model": plan.model,

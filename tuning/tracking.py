@@ -112,6 +112,10 @@ class Tracker:
             local = Path(self.client.download_artifacts(run_id, path, folder))
             return {f.name: f.read_bytes() for f in sorted(local.iterdir()) if f.is_file()}
 
+    def at(self, run_id: str, metric: str, step: int) -> float:
+        """A metric's value at a step; KeyError if it has none there."""
+        return {m.step: float(m.value) for m in self.client.get_metric_history(run_id, metric)}[step]
+
     def close(self, left: Status = "FAILED") -> None:
         """Closes the runs that are still open, innermost first; does not wait for a server that is away."""
         self._hurry.set()
@@ -187,7 +191,9 @@ class Run:
         def write() -> None:
             with tempfile.TemporaryDirectory() as local:
                 for name, contents in files().items():
-                    (Path(local) / name).write_bytes(contents)
+                    path = Path(local) / name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(contents)
                 self._tracker.client.log_artifacts(self.id, local, folder)
 
         return self._tracker.later(write)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 from segment_anything.modeling import Sam
 
+from tuning import joint
 from tuning.plan import Plan
 from wesam import Config, Report, Scores, adapt, load_domain, load_sam
 
 METRIC = "best_score"
-"""What is searched for and ranked by: the best val mIoU that the trial has reached so far."""
+"""What is searched for and ranked by: the best :func:`tuning.joint.score` that the trial has reached so far."""
 
 COLLAPSED = 0.9
 """A trial with more of its masks collapsed than this has diverged."""
@@ -34,7 +36,8 @@ PROGRESS_FILE = "progress.json"
 """Beside the adapter in a checkpoint: the step it is from and the METRIC by then."""
 
 Result = dict[str, Any]
-Send = Callable[[Result, Report], None]
+Send = Callable[[Result, Mapping[str, Report]], None]
+"""Takes a result and each domain's report."""
 
 _idle_since: float | None = None
 """When this process's last trial had its last result; None before the first."""
@@ -45,21 +48,21 @@ class Setting:
     """What all trials of a domain have in common."""
 
     plan: Plan
-    domain: str
-    direct: Scores
-    """Of the source model on val."""
+    direct: dict[str, Scores]
+    """Domain, as given -> scores of the source model on val."""
     resources: dict[str, float]
     """Of one worker."""
 
     def space(self) -> dict[str, Any]:
         """Plain data, as it travels with each proposal of :class:`tuning.search.Search`."""
-        return {**vars(self), "plan": self.plan.to_json(), "direct": asdict(self.direct)}
+        return {**vars(self), "plan": self.plan.to_json(), "direct": {d: asdict(s) for d, s in self.direct.items()}}
 
     @classmethod
     def of(cls, trial: Mapping[str, Any]) -> tuple[Setting, Config]:
         """The setting and the hyperparameters of a trial."""
         plan = Plan.from_json(trial["plan"])
-        self = cls(plan=plan, domain=trial["domain"], direct=Scores(**trial["direct"]), resources=trial["resources"])
+        direct = {d: Scores(**s) for d, s in trial["direct"].items()}
+        self = cls(plan=plan, direct=direct, resources=trial["resources"])
         return self, Config().replace(trial["config"])
 
 
@@ -73,58 +76,95 @@ def source_model(name: str) -> Sam:
 def drive(trial: Mapping[str, Any], resume: Path | None, send: Send) -> None:
     """Runs a trial, or the rest of it from a checkpoint, and sends a result at each evaluation after the first step.
 
-    It ends before its last step if it diverges: if a loss is no longer finite, or if nearly all masks on val hold
-    nothing or everything and those of the source model do not. What it has reached before counts.
+    In a joint study the trial adapts to all its domains, step by step in turn. It ends before its last step if it
+    diverges: if a loss is no longer finite, or if nearly all masks on val of a domain hold nothing or everything and
+    those of the source model do not. What it has reached before counts.
     """
     setting, config = Setting.of(trial)
     plan = setting.plan
-    best = json.loads((resume / PROGRESS_FILE).read_text())[METRIC] if resume else 0.0
-    losses: dict[str, float] = defaultdict(float)
-    seconds, waited, count = 0.0, 0.0, 0
+    best = json.loads((resume / PROGRESS_FILE).read_text())[METRIC] if resume else -math.inf
+    sums = _Sums()
     sam = source_model(plan.model)
-    cuda = sam.pixel_mean.device.type == "cuda"
-    domain = load_domain(setting.domain)
-    reports = adapt(sam, domain, config, resume=resume, direct=setting.direct, label_free=True)
+    domains = {d: load_domain(d) for d in setting.direct}
+    direct = {domains[d].name: s for d, s in setting.direct.items()}
+    loops = [
+        adapt(
+            sam, domain, config, resume=folder_of(resume, domain.name, plan) if resume else None,
+            direct=setting.direct[given], label_free=True,
+        )
+        for given, domain in domains.items()
+    ]  # fmt: skip
     try:
-        for report in reports:
-            if report.step == 0:
+        for turn in zip(*loops, strict=True):
+            if turn[0].step == 0:
                 continue
-            count, seconds, waited = count + 1, seconds + report.seconds, waited + report.waited
-            for name, value in report.losses.items():
-                losses[name] += value
-            if report.val is None:
+            sums.add(turn)
+            now = {name: r.val for name, r in zip(direct, turn, strict=True) if r.val is not None}
+            if not now:
                 continue
-            score = report.val.value(plan.objective)
+            reports, step = dict(zip(direct, turn, strict=True)), turn[0].step
+            score = joint.score(plan, now, direct)
             best = max(best, score)
-            size = sum(p.numel() * p.element_size() for p in report.model.trainable()) / 1e6
-            metrics = {f"loss.{k}": v / count for k, v in losses.items()}
-            metrics |= {f"val_{k}": v for k, v in report.val.known().items()} | {"val_collapsed": report.val.collapsed}
-            metrics |= {"seconds_per_step": seconds / count, "waited": waited / seconds, "adapter_mb": size}
-            metrics["images_per_second"] = config.optim.batch_size * count / seconds
-            if cuda:
-                metrics["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            result = {"step": report.step, "last": report.step == report.steps, METRIC: best, "metrics": metrics}
-            result |= {"size": size, "seconds": seconds / count}
+            measured = {**joint.metrics(now), **sums.metrics(config), **_memory(sam)}
+            measured["adapter_mb"] = sum(p.numel() * p.element_size() for p in turn[0].model.trainable()) / 1e6
+            result = {"step": step, "last": step == turn[0].steps, METRIC: best, "metrics": measured}
+            result |= {"size": measured["adapter_mb"], "seconds": measured["seconds_per_step"]}
             # which checkpoint to keep: the best one, and of equals the first
-            result |= {"score": score, "rank": score - 1e-9 * report.step}
-            send(result, report)
-            if report.val.collapsed > COLLAPSED >= setting.direct.collapsed:
+            result |= {"score": score, "rank": score - 1e-9 * step}
+            send(result, reports)
+            if any(s.collapsed > COLLAPSED >= direct[d].collapsed for d, s in now.items()):
                 return
-            losses.clear()
-            seconds, waited, count = 0.0, 0.0, 0
+            sums = _Sums()
     except FloatingPointError:
         return
+
+
+def folder_of(checkpoint: Path, domain: str, plan: Plan) -> Path:
+    """Where a checkpoint has a domain's adapter: in itself, or in a joint study in a folder of the domain's name."""
+    return checkpoint / domain if plan.joint else checkpoint
+
+
+@dataclass
+class _Sums:
+    """Of the steps since the last evaluation, of all domains."""
+
+    losses: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    seconds: float = 0.0
+    waited: float = 0.0
+    steps: int = 0
+    domains: int = 1
+
+    def add(self, turn: Sequence[Report]) -> None:
+        self.steps, self.domains = self.steps + 1, len(turn)
+        for report in turn:
+            self.seconds, self.waited = self.seconds + report.seconds, self.waited + report.waited
+            for name, value in report.losses.items():
+                self.losses[name] += value
+
+    def metrics(self, config: Config) -> dict[str, float]:
+        count = self.steps * self.domains
+        return {
+            **{f"loss.{k}": v / count for k, v in self.losses.items()},
+            "seconds_per_step": self.seconds / self.steps, "waited": self.waited / self.seconds,
+            "images_per_second": config.optim.batch_size * count / self.seconds,
+        }  # fmt: skip
+
+
+def _memory(sam: Sam) -> dict[str, float]:
+    on_gpu = sam.pixel_mean.device.type == "cuda"
+    return {"gpu_gb": torch.cuda.max_memory_allocated() / 1e9} if on_gpu else {}
 
 
 def one_worker(config: Result) -> None:
     """A Tune function trainable: the whole trial in this process, which goes on to the next one afterwards."""
     global _idle_since
+    plan = Setting.of(config)[0].plan
     gap = {} if _idle_since is None else {"gap": time.monotonic() - _idle_since}
 
-    def send(result: Result, report: Report) -> None:
+    def send(result: Result, reports: Mapping[str, Report]) -> None:
         global _idle_since
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint = _write(Path(folder), result, report)
+            checkpoint = _write(Path(folder), result, reports, plan)
             _idle_since = time.monotonic()  # Tune may end the trial here
             tune.report({**result, **gap}, checkpoint=tune.Checkpoint(checkpoint.path))
         gap.clear()
@@ -161,11 +201,12 @@ KEEP: dict[str, Any] = {"num_to_keep": 1, "checkpoint_score_attribute": "rank", 
 
 def _worker(config: dict[str, Any]) -> None:
     """The loop in one of several workers, all of which take part in every report."""
+    plan = Setting.of(config)[0].plan
     first = ray.train.get_context().get_world_rank() == 0
 
-    def send(result: Result, report: Report) -> None:
+    def send(result: Result, reports: Mapping[str, Report]) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint = _write(Path(folder), result, report) if first else None
+            checkpoint = _write(Path(folder), result, reports, plan) if first else None
             ray.train.report(result, checkpoint=checkpoint)
 
     _from_checkpoint(config, ray.train.get_checkpoint(), send)
@@ -180,7 +221,8 @@ def _from_checkpoint(trial: Mapping[str, Any], found: ray.train.Checkpoint | Non
         drive(trial, Path(folder) if folder else None, send)
 
 
-def _write(folder: Path, result: Result, report: Report) -> ray.train.Checkpoint:
-    report.save(folder)
+def _write(folder: Path, result: Result, reports: Mapping[str, Report], plan: Plan) -> ray.train.Checkpoint:
+    for name, report in reports.items():
+        report.save(folder_of(folder, name, plan))
     (folder / PROGRESS_FILE).write_text(json.dumps({k: result[k] for k in ("step", METRIC)}))
     return ray.train.Checkpoint.from_directory(folder)

@@ -16,6 +16,7 @@ from ray.tune.search import Searcher
 from tuning.budget import Budget
 from tuning.confirm import Confirmation, winner
 from tuning.plan import REFERENCES, Plan, make_plan
+from tuning.replay import Replayed, Run, replay
 from tuning.sampler import ask, catch_up, distributions, encoded, enqueue, open_storage, open_study, shown
 from tuning.schedulers import make_scheduler
 from tuning.search import Search
@@ -310,6 +311,14 @@ def test_what_is_behind_is_stopped_but_never_a_reference_nor_before_it_has_warme
     assert on_result(bad, 0.1, 4) == TrialScheduler.STOP
     assert scheduler.stopped == {"bad": "pruned"}
     assert on_result(goods[0], 0.1, 8) == TrialScheduler.CONTINUE
+
+
+def test_a_study_that_ran_to_its_end_can_be_replayed_with_early_stopping(tmp_path: Path) -> None:
+    plan = make(tmp_path, scheduler="none")
+    good, bad = [(2, 0.5), (4, 0.6), (8, 0.7)], [(2, 0.5), (4, 0.5), (8, 0.9)]
+    runs = [Run(reference=True, curve=bad), *(Run(reference=False, curve=c) for c in (good, good, good, bad))]
+    assert replay(plan, runs) == Replayed(steps=8 + 3 * 8 + 4, best=0.9)
+    assert replay(plan, runs[1:]) == Replayed(steps=3 * 8 + 4, best=0.7), "the late riser was stopped"
 
 
 def test_none_stops_nothing(tmp_path: Path) -> None:

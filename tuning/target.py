@@ -1,0 +1,103 @@
+"""A domain of a study: its run in MLflow, and what is known of it before any search."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import asdict, dataclass
+
+from mlflow.entities import Run as Stored
+
+from tuning import judge
+from tuning.budget import Budget
+from tuning.plan import WORDS, Plan
+from tuning.progress import Board
+from tuning.tracking import Run, Tracker, environment
+from wesam import Scores, load_domain
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the threads of a study share."""
+
+    plan: Plan
+    tracker: Tracker
+    board: Board
+    run: Run
+    side_by_side: int
+    """Trials of a search at once."""
+    budget: Budget
+    stop: threading.Event
+
+
+class Target:
+    """A domain that is searched, alone or jointly with others."""
+
+    def __init__(self, context: Context, given: str, before: Stored | None) -> None:
+        """before: the domain's run, if it has been begun already."""
+        self._c, self.given, self.before = context, given, before
+        self.domain = load_domain(given)
+        self.name = self.domain.name
+        self.task = judge.Task(context.plan.model, given, context.plan.base)
+        self.tags = {
+            **study_tags(context.plan), "domain": given, "data": self.domain.digest,
+            "annotations_left_out": str(len(self.domain.left_out)),
+        }  # fmt: skip
+        self.found: dict[str, Scores] = {}
+        """``direct_val``, ``ellipse_test``, ...; see :func:`tuning.judge.references`."""
+
+    def open(self) -> Run:
+        """Begins the domain's run, or goes on with it."""
+        tracker = self._c.tracker
+        self.run = (
+            tracker.start(self.name, "domain", self._c.run, self.tags)
+            if self.before is None
+            else tracker.reopen(self.before)
+        )
+        return self.run
+
+    @property
+    def direct(self) -> Scores:
+        """The source model's scores on val."""
+        return self.found["direct_val"]
+
+    def refer(self) -> bool:
+        """Finds what needs no search, and says it; whether that had not been done by an earlier run of the study."""
+        known = self._known()
+        self.found, vanished = (known, 0) if known else judge.references(self.task)
+        if not known:
+            found = {f"{k}_{f}": v for k, s in self.found.items() for f, v in asdict(s).items() if v is not None}
+            self.run.log({**found, "instances_vanished": vanished})
+        if vanished:
+            text = "left out of training, less than a pixel wide or high at the model's input size"
+            self._c.board.say(f"{text}: {vanished} instances", self.name)
+        score = self.direct.name(self._c.plan.objective)
+        ellipse = getattr(self.found.get("ellipse_val"), score, None)
+        drawn = f"ellipse in the box {ellipse:.3f}, " if ellipse is not None else ""
+        self._c.board.say(f"{WORDS[score]} on val: {drawn}Direct {getattr(self.direct, score):.3f}", self.name)
+        return not known
+
+    def _known(self) -> dict[str, Scores]:
+        """The scores of an earlier run of this study: test is read once."""
+        metrics = self.before.data.metrics if self.before else {}
+        if "direct_test_images" not in metrics:
+            return {}
+        names = (*judge.DRAWN, "direct")
+        keys = [f"{k}_{s}" for k in names for s in ("val", "test") if f"{k}_{s}_images" in metrics]
+        return {
+            k: Scores(
+                int(metrics[f"{k}_images"]), int(metrics[f"{k}_instances"]), metrics.get(f"{k}_miou"),
+                metrics.get(f"{k}_f1"), metrics.get(f"{k}_label_free"), metrics[f"{k}_collapsed"],
+            )
+            for k in keys
+        }  # fmt: skip
+
+
+def study_tags(plan: Plan) -> dict[str, str]:
+    """What every run of a study is tagged with, beside its hyperparameters: all that its numbers depend on."""
+    return {
+        **environment(),
+        "model": plan.model,
+        "prompt": plan.base.prompt,
+        "val_prompt": plan.base.scored_with,
+        "seed": str(plan.base.seed),
+    }
