@@ -16,6 +16,7 @@ from tuning.conclusion import RESULT, Row, conclude
 from tuning.confirm import DIRECT, SEED, SUPERVISED, Confirmation, Proposal
 from tuning.listener import CHECKPOINT, Listener
 from tuning.plan import REFERENCES
+from tuning.replay import Past, tell
 from tuning.sampler import catch_up, enqueue
 from tuning.schedulers import Stopping, make_scheduler
 from tuning.search import Search
@@ -138,6 +139,7 @@ class DomainSearch(threading.Thread):
             catch_up(self._study, plan, done, going_on)
             enqueue(self._study, plan, [r for r in missing if r in held])
             scheduler = make_scheduler(plan, c.budget)
+            tell(scheduler, [past(c.tracker, t) for t in done])
             resources = runtime.worker_resources(plan.gpus_per_worker)
             setting = Setting(plan=plan, direct={t.given: t.direct for t in self._targets}, resources=resources)
             listener = Listener(
@@ -151,6 +153,13 @@ class DomainSearch(threading.Thread):
             _tuner(setting, self.name, count, c.side_by_side, search, scheduler, listener).fit()
             c.tracker.flush()
         self.trials = trials(c.tracker, run.id)
+
+
+def past(tracker: Tracker, trial: Trial) -> Past:
+    """A finished trial, as a scheduler is told of it."""
+    history = tracker.client.get_metric_history(trial.run_id, METRIC)
+    curve = sorted({m.step: float(m.value) for m in history}.items())
+    return Past(int(trial.config["steps"]), trial.reference is not None, curve)
 
 
 def _unfinished(tracker: Tracker, domain_run: str) -> list[Proposal]:

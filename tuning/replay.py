@@ -1,4 +1,4 @@
-"""What early stopping would have made of a study whose trials have all run to their end."""
+"""Trials of before, told to a scheduler: so that a study goes on, or to see what early stopping would have made of it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from ray.tune.schedulers import TrialScheduler
 
 from tuning.budget import Budget
 from tuning.plan import Plan
-from tuning.schedulers import make_scheduler
+from tuning.schedulers import Stopping, make_scheduler
 from tuning.trainer import METRIC
 
 
 @dataclass(frozen=True)
-class Run:
-    """A trial that has run to its end."""
+class Past:
+    """A trial of before."""
 
+    steps: int
+    """That it was to have."""
     reference: bool
     curve: Sequence[tuple[int, float]]
-    """(step, best score so far) of each evaluation."""
+    """(step, best score so far) of each of its evaluations, at least one."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +37,38 @@ class Replayed:
     """The best score of all trials, as far as they went."""
 
 
-def replay(plan: Plan, runs: Sequence[Run]) -> Replayed:
+@dataclass(eq=False)
+class _Trial:
+    """All that a scheduler asks of a trial."""
+
+    trial_id: str
+    config: dict[str, Any]
+
+
+_NOTHING_RUNS: Any = SimpleNamespace(get_live_trials=list)
+"""All that a scheduler asks of Tune."""
+
+
+def replay(plan: Plan, past: Sequence[Past]) -> Replayed:
     """The same trials, one after the other, under ASHA, which may stop any but the references.
 
     Who proposes trials might have learned other things from shortened ones: that is not in it.
     """
     whole = replace(plan, scheduler="asha", hours=math.inf, gpu_hours=math.inf)
-    scheduler = make_scheduler(whole, Budget(whole))
+    return tell(make_scheduler(whole, Budget(whole)), past)
+
+
+def tell(scheduler: Stopping, past: Sequence[Past]) -> Replayed:
+    """Lets a scheduler see trials, one after the other; what it would have stopped ends there."""
     steps, best = 0, -math.inf
-    for number, run in enumerate(runs):
-        trial: Any = SimpleNamespace(trial_id=str(number), config={"reference": ""} if run.reference else {})
-        scheduler.on_trial_add(None, trial)  # type: ignore[arg-type]
-        last = run.curve[-1][0]
+    for number, one in enumerate(past):
+        trial: Any = _Trial(f"past {number}", {"reference": ""} if one.reference else {})
+        scheduler.on_trial_add(_NOTHING_RUNS, trial)
         result: dict[str, Any] = {}
-        for step, score in run.curve:
-            result = {"step": step, METRIC: score, "last": step == last, "training_iteration": step}
-            if scheduler.on_trial_result(None, trial, result) == TrialScheduler.STOP:
+        for step, score in one.curve:
+            result = {"step": step, METRIC: score, "last": step == one.steps, "training_iteration": step}
+            if scheduler.on_trial_result(_NOTHING_RUNS, trial, result) == TrialScheduler.STOP:
                 break
-        scheduler.on_trial_complete(None, trial, result)
+        scheduler.on_trial_complete(_NOTHING_RUNS, trial, result)
         steps, best = steps + result["step"], max(best, result[METRIC])
     return Replayed(steps, best)

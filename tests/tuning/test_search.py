@@ -16,7 +16,7 @@ from ray.tune.search import Searcher
 from tuning.budget import Budget
 from tuning.confirm import Confirmation, winner
 from tuning.plan import REFERENCES, Plan, make_plan
-from tuning.replay import Replayed, Run, replay
+from tuning.replay import _NOTHING_RUNS, Past, Replayed, _Trial, replay, tell
 from tuning.sampler import ask, catch_up, distributions, encoded, enqueue, open_storage, open_study, shown
 from tuning.schedulers import make_scheduler
 from tuning.search import Search
@@ -316,9 +316,20 @@ def test_what_is_behind_is_stopped_but_never_a_reference_nor_before_it_has_warme
 def test_a_study_that_ran_to_its_end_can_be_replayed_with_early_stopping(tmp_path: Path) -> None:
     plan = make(tmp_path, scheduler="none")
     good, bad = [(2, 0.5), (4, 0.6), (8, 0.7)], [(2, 0.5), (4, 0.5), (8, 0.9)]
-    runs = [Run(reference=True, curve=bad), *(Run(reference=False, curve=c) for c in (good, good, good, bad))]
+    runs = [Past(8, True, bad), *(Past(8, False, c) for c in (good, good, good, bad))]
     assert replay(plan, runs) == Replayed(steps=8 + 3 * 8 + 4, best=0.9)
     assert replay(plan, runs[1:]) == Replayed(steps=3 * 8 + 4, best=0.7), "the late riser was stopped"
+
+
+@pytest.mark.parametrize("name", ["asha", "median"])
+def test_a_study_that_goes_on_measures_new_trials_by_those_before(name: str, tmp_path: Path) -> None:
+    plan = make(tmp_path, scheduler=name)
+    scheduler = make_scheduler(plan, Budget(plan))
+    tell(scheduler, [Past(8, False, [(2, 0.5), (4, 0.6)])] * 3)
+    new: Any = _Trial("new", {})
+    scheduler.on_trial_add(_NOTHING_RUNS, new)
+    assert scheduler.on_trial_result(_NOTHING_RUNS, new, result(0.5, 2)) == TrialScheduler.CONTINUE
+    assert scheduler.on_trial_result(_NOTHING_RUNS, new, result(0.5, 4)) == TrialScheduler.STOP
 
 
 def test_none_stops_nothing(tmp_path: Path) -> None:
