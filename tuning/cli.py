@@ -218,7 +218,7 @@ def _best(args: argparse.Namespace) -> None:
         common = f"--model {t['model']} --adapter {args.out}"
         data = f"--domain {t['domain']} --prompt {t.get('val_prompt', t['prompt'])} --split test"
         print(f"  {program('wesam')} evaluate {data} {common}")
-        print(f"  {program('wesam')} predict --image IMAGE --box X0,Y0,X1,Y1 {common} --out mask.png")
+        print(f"  {program('wesam')} predict IMAGE --box X0,Y0,X1,Y1 {common} --out mask.png")
 
 
 def _entry(entry: Any) -> dict[str, Any]:
