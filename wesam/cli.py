@@ -535,7 +535,7 @@ def _export(args: argparse.Namespace) -> None:
         base = export_peft(sam, folder, args.peft, base=args.base)
         print(f"in Python: peft.PeftModel.from_pretrained(transformers.SamModel.from_pretrained({base!r}), "
               f"{str(args.peft)!r})")  # fmt: skip
-        print("SamModel takes coordinates that are half a pixel of its resized image less than wesam's (docs/study.md)")
+        print("SamModel's coordinates are half a pixel of its resized image less than wesam's (docs/method.md)")
     if model.crop:
         print(f"the adapter was made with --crop {model.crop:g}, which neither says: show a model as much as that")
 
