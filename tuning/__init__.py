@@ -2,6 +2,10 @@
 
 import os
 
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
+DEFAULT_URI = "sqlite:///mlflow.db"
+"""Where MLflow is unless the variable, or an option, says otherwise."""
+
 # Read by Ray and MLflow when they are imported, so it stands before every import of them.
 _QUIET = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",

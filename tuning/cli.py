@@ -9,13 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tuning import DEFAULT_URI, URI_VARIABLE
 from tuning.plan import BUDGET, COLUMNS, DEMO, KEYS, Lines, check, in_file, make_plan, read_study
 from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, guarded, json_file, program, table, write_json
 from wesam.errors import InputError, at
 from wesam.sam import model_names
-
-URI_VARIABLE = "MLFLOW_TRACKING_URI"
-DEFAULT_URI = "sqlite:///mlflow.db"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,7 +110,7 @@ def _parser() -> Parser:
     p.add_argument(
         "domain", nargs="?", metavar="DOMAIN", help="the domain's name; without it, all champions are listed"
     )
-    p.add_argument("--out", type=Path, metavar="DIR", help="folder for the adapter")
+    p.add_argument("--out", type=Path, metavar="DIR", help="folder for the adapter, its configuration and its card")
     _json(p)
 
     p = command("report", _report, "Write a study's report: one HTML page, and its table as Markdown.")
@@ -206,40 +204,51 @@ def summary(result: dict[str, Any]) -> str:
 def _best(args: argparse.Namespace) -> None:
     from tuning import registry
 
-    tracker = _tracker(args)
-    if args.domain is None:
-        if args.out:
-            raise InputError("--out needs a DOMAIN: python -m tuning best DOMAIN --out DIR")
-        rows = [_entry(e) for e in registry.champions(tracker)]
-        print(table(rows) if rows else f"no champions at {tracker.uri}: python -m tuning run finds some")
-        write_json(args.json, rows)
-        return
-    entry, config = registry.fetch(tracker, args.domain, args.out)
+    if args.domain is None and args.out:
+        raise InputError("--out needs a DOMAIN: python -m tuning best DOMAIN --out DIR")
+    with registry.opened(args.tracking_uri) as tracker:
+        if args.domain is None:
+            rows = [_entry(e) for e in registry.champions(tracker)]
+            print(_champions(rows) if rows else f"no champions at {tracker.uri}: python -m tuning run finds some")
+            write_json(args.json, rows)
+            return
+        again = args.out and args.out.is_dir() and any(args.out.iterdir())
+        entry, config = registry.fetch(tracker, args.domain, args.out)
     row = _entry(entry)
-    print(table([row]))
+    print(_champions([row]))
     print(f"run {entry.run_id}")
     print("\n".join(f"  {k} = {v}" for k, v in sorted(config.items())))
     write_json(args.json, {**row, "run_id": entry.run_id, "config": config, "adapter": str(args.out or "")})
     if args.out:
         t = entry.tags
-        print(f"adapter in {args.out}; go on with:")
-        common = f"--model {t['model']} --adapter {args.out}"
+        before = ", in place of the one that was there" if again else ""
+        print(f"adapter, {registry.SETTINGS} and its card, {registry.CARD}, in {args.out}{before}; go on with:")
+        common = f"--adapter {args.out}" + ("" if t["model"] in model_names() else f" --model {t['model']}")
         data = f"--domain {t['domain']} --prompt {t.get('val_prompt', t['prompt'])} --split test"
         print(f"  {program('wesam')} evaluate {data} {common}")
-        print(f"  {program('wesam')} predict --image IMAGE --box X0,Y0,X1,Y1 {common} --out mask.png")
+        print(f"  {program('wesam')} predict IMAGE --box X0,Y0,X1,Y1 {common} --out mask.png")
+
+
+def _champions(rows: list[dict[str, Any]]) -> str:
+    """The table of champions, with the spread beside the score."""
+    from tuning.card import score
+
+    shown = []
+    for r in rows:
+        row = {k: v for k, v in r.items() if k != "test_sd"}
+        shown.append({**row, "test": score(r["test"], r["test_sd"])})
+    return table(shown)
 
 
 def _entry(entry: Any) -> dict[str, Any]:
     t = entry.tags
-    score = t.get("score", "miou")
-    names = {k: f"{k}_{score}" for k in ("val", "test", "direct_test")}
-    scores = {"score": score, **{k: float(t[name]) if name in t else None for k, name in names.items()}}
+    name, test, spread = entry.test
     return {
-        "domain": entry.domain,
-        "version": entry.version,
-        **scores,
-        **{k: t[k] for k in ("prompt", "model", "study")},
-    }
+        "domain": entry.domain, "version": entry.version, "score": name,
+        "val": entry.number(f"val_{t.get('score', name)}"), "test": test, "test_sd": spread,
+        "direct_test": entry.number(f"direct_test_{name}"), "supervised_test": entry.number(f"supervised_test_{name}"),
+        "gap_closed": entry.number("gap_closed"), **{k: t.get(k) for k in ("prompt", "model", "study")},
+    }  # fmt: skip
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -125,7 +125,7 @@ def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
         "adapter_test": f"{on_test[chosen.run_id].objective:.6f}",
         "test_seeds": json.dumps([t.number for t in verdict.again]), **_as_tags(row, test.chosen_by),
     }  # fmt: skip
-    row["version"], outcome = registry.promote(c.tracker, target.name, chosen.run_id, tags, folder)
+    row["version"], outcome = registry.promote(c.tracker, target.name, chosen.run_id, tags)
     row["outcome"] = outcome + lost
     return row
 

@@ -2,18 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ast
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
 
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from tuning.tracking import Tracker
+from tuning import DEFAULT_URI, URI_VARIABLE
+from tuning.card import About, card, judged_by, score, summary
+from tuning.plan import WORDS
+from tuning.tracking import PARENT, Tracker, sqlite_file
+from wesam import AdaptedSam, load_sam
+from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE, made_for
 from wesam.errors import InputError, unknown
+from wesam.sam.checkpoints import home
 
 PREFIX, ALIAS = "wesam-", "champion"
+ADAPTER, MODEL = "adapter", "model"
+"""Artifacts of a trial's run: its adapter, and what MLflow serves of it once it is registered."""
+
+CODE = Path(__file__).with_name("model.py")
+"""What MLflow runs of a registered version; not imported here, since all of MLflow comes with it."""
+
+CARD, SETTINGS = "README.md", "config.json"
+"""Fetched beside an adapter: its card, and its hyperparameters as ``wesam adapt --config`` reads them."""
+
+COMPARED = ("data", "prompt", "val_prompt", "model", "crop")
+"""Tags in which two versions must be the same for their scores to say anything about each other."""
+
+NEEDED = (
+    "wesam", "mlflow", "torch", "torchvision", "segment-anything", "peft", "timm", "safetensors", "pycocotools",
+    "opencv-python-headless", "numpy", "pillow", "pydantic",
+)  # fmt: skip
+"""Packages without which a registered version does not run."""
 
 
 @dataclass(frozen=True)
@@ -24,43 +55,49 @@ class Entry:
     version: int
     run_id: str
     tags: dict[str, str]
-    """study, model, prompt, data (digest), val_miou, test_miou, direct_test_miou, domain_given; where no masks are
-    known, score is ``label_free`` and those are val_label_free, ..."""
+    """study, trial, model, prompt, data (digest), crop, score: the name of the one it was chosen by on val; val_miou,
+    test_miou (a mean over seeds), test_miou_sd, direct_test_miou, ..., or the same of another score; gap_closed."""
+
+    def number(self, name: str) -> float | None:
+        """A tag that is a number; None where it is not known."""
+        return _number(self.tags.get(name))
+
+    @property
+    def test(self) -> tuple[str, float | None, float | None]:
+        """The name of the score on test, its mean over seeds and its standard deviation over them."""
+        name = judged_by(self.tags)
+        return name, self.number(f"test_{name}"), self.number(f"test_{name}_sd")
 
 
-def promote(
-    tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str], folder: str = "adapter"
-) -> tuple[int, str]:
-    """Registers the adapter of a trial's run; makes it champion if its score on val beats the present champion's.
+def promote(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str]) -> tuple[int, str]:
+    """Registers the adapter of a trial's run; makes it champion if it beats the present one by more than chance.
 
-    Scores on other data say nothing about each other, so a champion found on other data is always replaced.
-    Returns the version and, in words, what became of it.
+    It does if its mean score on test is above the champion's by more than the standard deviation over seeds of either.
+    Scores on other data, with other prompts or of another model say nothing about each other: such a champion is always
+    replaced. A run that is registered already stays as it is. Returns the version and, in words, what became of it.
     """
     client, name = tracker.client, PREFIX + domain
-
-    def register() -> int:
-        try:
-            client.create_registered_model(name, description=f"adapters of a SAM for the domain {domain}")
-        except MlflowException as e:
-            if e.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        source = f"{client.get_run(run_id).info.artifact_uri}/{folder}"
-        return int(client.create_model_version(name, source, run_id, tags=dict(tags)).version)
-
-    before = champion(tracker, domain)
-    if before and before.run_id == run_id:
-        return before.version, f"still champion, as version {before.version}"
-    version = tracker.later(register).result()
-    score = f"val_{tags.get('score', 'miou')}"
-    val = float(tags[score])
-    changed = [k for k in ("data", "prompt", "model") if before and before.tags.get(k) != tags.get(k)]
-    if before and not changed and float(before.tags[score]) >= val:
-        kept = float(before.tags[score])
-        return version, f"registered; champion stays version {before.version} (val {kept:.3f}, this one {val:.3f})"
+    before, version = champion(tracker, domain), _version_of(tracker, name, run_id)
+    if before and version:
+        if before.run_id == run_id:
+            return version, f"still champion, as version {version}"
+        return version, f"registered before, as version {version}; champion is version {before.version}"
+    if version is None:
+        about = tracker.later(lambda: _about(tracker, domain, run_id, tags)).result()
+        told, short = card(about), summary(about)
+        version = tracker.later(lambda: _register(tracker, domain, run_id, tags, told, short)).result()
+    new = Entry(domain, version, run_id, dict(tags))
+    changed = _changed(before, new) if before else []
+    if before and not changed and not _better(new, before):
+        kept, this = (score(*e.test[1:]) for e in (before, new))
+        return version, (
+            f"registered without the alias: champion stays version {before.version} ({WORDS[new.test[0]]} on test "
+            f"{kept}, this one {this}: not better by more than the spread over seeds)"
+        )
     tracker.later(lambda: client.set_registered_model_alias(name, ALIAS, str(version))).result()
     if before is None:
         return version, "registered as champion"
-    why = f"its {' and '.join(changed)} differed" if changed else f"val {before.tags[score]}"
+    why = f"its {' and '.join(changed)} differed" if changed else f"{score(*before.test[1:])} on test"
     return version, f"registered as champion in place of version {before.version} ({why})"
 
 
@@ -89,21 +126,179 @@ def champions(tracker: Tracker) -> list[Entry]:
 
 
 def fetch(tracker: Tracker, domain: str, out: Path | None) -> tuple[Entry, dict[str, Any]]:
-    """A domain's champion and its configuration; its adapter is written to the folder, if one is given."""
+    """A domain's champion and its configuration; if a folder is given, its adapter, configuration and card go there.
+
+    Raises InputError if there is none, and for a folder that holds something else than an adapter fetched before.
+    """
     entry = champion(tracker, domain)
     if entry is None:
         known = [e.domain for e in champions(tracker)]
         if not known:
             raise InputError(f"no champion at {tracker.uri}: first run a study, python -m tuning run --domain {domain}")
         raise unknown("domain", domain, known)
+    config = {k: _value(v) for k, v in tracker.client.get_run(entry.run_id).data.params.items()}
     if out is not None:
         try:
+            _check_free(out)
             out.mkdir(parents=True, exist_ok=True)
-            for name, contents in tracker.files(entry.run_id, "adapter").items():
+            for name, contents in _files(tracker, entry, config).items():
                 (out / name).write_bytes(contents)
         except OSError as e:
             raise InputError(f"cannot write to --out {out}: {e.strerror}") from None
-    return entry, dict(tracker.client.get_run(entry.run_id).data.params)
+    return entry, config
+
+
+def best_folder(domain: str, tracking_uri: str | None = None) -> Path:
+    """A folder on this machine with the champion's adapter, kept in ``$WESAM_HOME`` under its version.
+
+    Raises InputError if there is no champion for the domain, or no way to MLflow.
+    """
+    with opened(tracking_uri) as tracker:
+        entry, config = fetch(tracker, domain, None)
+        kept = home() / "adapters" / f"{domain}-{entry.version}-{entry.run_id}"
+        if not kept.is_dir():
+            try:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                new = Path(tempfile.mkdtemp(dir=kept.parent, prefix=f".{kept.name}-"))
+                for name, contents in _files(tracker, entry, config).items():
+                    (new / name).write_bytes(contents)
+                try:
+                    new.rename(kept)
+                except OSError:
+                    shutil.rmtree(new)
+                    if not kept.is_dir():  # another process has not been quicker
+                        raise
+            except OSError as e:
+                raise InputError(f"cannot keep an adapter in {kept.parent}: {e.strerror}") from None
+    return kept
+
+
+def best_adapter(domain: str, tracking_uri: str | None = None, model: str | None = None) -> AdaptedSam:
+    """The champion of a domain, ready for :func:`wesam.predict`, on the CPU.
+
+    tracking_uri: MLflow's, else ``$MLFLOW_TRACKING_URI``, else ``sqlite:///mlflow.db``. model: a file with the weights
+    that the adapter is for, where the model is not one that has a name. Raises InputError if there is no champion, and
+    if the weights are others.
+    """
+    folder = best_folder(domain, tracking_uri)
+    return AdaptedSam.load(load_sam(model or made_for(folder)), folder)
+
+
+@contextlib.contextmanager
+def opened(tracking_uri: str | None = None) -> Iterator[Tracker]:
+    """MLflow, for reading; what it refuses becomes an InputError, and no database is created."""
+    uri = tracking_uri or os.environ.get(URI_VARIABLE) or DEFAULT_URI
+    file = sqlite_file(uri)
+    if file and not file.is_file():
+        raise InputError(f"no champions: there is no MLflow database {file}; set {URI_VARIABLE}, or run a study first")
+    tracker = Tracker(uri)
+    try:
+        yield tracker
+    except MlflowException as e:
+        raise InputError(f"MLflow at {uri}: {str(e).splitlines()[0][:200]}") from None
+    finally:
+        tracker.close()
+
+
+def _better(new: Entry, old: Entry) -> bool:
+    (_, mean, spread), (_, kept, kept_spread) = new.test, old.test
+    return mean is not None and kept is not None and mean > kept + max(spread or 0.0, kept_spread or 0.0)
+
+
+def _changed(old: Entry, new: Entry) -> list[str]:
+    """In what two versions differ so that their scores cannot be compared."""
+    changed = [k for k in COMPARED if old.tags.get(k) != new.tags.get(k)]
+    return changed if old.test[0] == new.test[0] and old.test[1] is not None else [*changed, "score"]
+
+
+def _version_of(tracker: Tracker, name: str, run_id: str) -> int | None:
+    """The version that a run has been registered as, if it has."""
+    found = tracker.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    return min((int(v.version) for v in found), default=None)
+
+
+def _place(artifact: str, domain: str, tags: Mapping[str, str]) -> str:
+    """Where a run has it; that of a joint study has one for each domain."""
+    return f"{artifact}/{domain}" if tags.get("joint") else artifact
+
+
+def _register(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str], told: str, short: str) -> int:
+    """told, short: the card, and its summary."""
+    client, name, place = tracker.client, PREFIX + domain, _place(MODEL, domain, tags)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / MODEL
+        (adapter := Path(folder) / ADAPTER).mkdir()
+        for file, contents in tracker.files(run_id, _place(ADAPTER, domain, tags)).items():
+            (adapter / file).write_bytes(contents)
+        package(adapter, out)
+        (out / CARD).write_text(told)
+        client.log_artifacts(run_id, str(out), place)
+    try:
+        client.create_registered_model(name, description=f"adapters of a SAM for the domain {domain}")
+    except MlflowException as e:
+        if e.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
+    return int(client.create_model_version(name, source, run_id, tags=dict(tags), description=short).version)
+
+
+def package(adapter: Path, out: Path) -> None:
+    """Writes what MLflow loads and serves: CODE with an adapter's folder, and no pickle."""
+    import mlflow.pyfunc
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow asks for an example, which would have to hold an image
+        mlflow.pyfunc.save_model(
+            str(out),
+            python_model=str(CODE),
+            artifacts={ADAPTER: str(adapter)},
+            model_config={"model": None, "device": None},
+            pip_requirements=[f"{p}=={installed(p).partition('+')[0]}" for p in NEEDED],
+        )
+
+
+def _about(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str]) -> About:
+    """What the card of a run's adapter says; the references that are not among the tags are in the domain's run."""
+    run = tracker.client.get_run(run_id)
+    parent = run.data.tags.get(PARENT)
+    scores: dict[str, float] = {}
+    trials = 0
+    if parent:
+        scores = dict(tracker.client.get_run(parent).data.metrics)
+        trials = sum("wesam.role" not in r.data.tags for r in tracker.find("trial", parent=parent))
+    scores |= {k: n for k, v in tags.items() if (n := _number(v)) is not None}
+    return About(domain, run_id, dict(tags), scores, dict(run.data.params), trials)
+
+
+def _files(tracker: Tracker, entry: Entry, config: Mapping[str, Any]) -> dict[str, bytes]:
+    """What is fetched of a champion."""
+    found = tracker.files(entry.run_id, _place(ADAPTER, entry.domain, entry.tags))
+    place = _place(MODEL, entry.domain, entry.tags)
+    settings = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    return {**found, SETTINGS: settings.encode(), CARD: tracker.files(entry.run_id, place)[CARD]}
+
+
+def _check_free(out: Path) -> None:
+    """Raises InputError if writing an adapter into this folder would mix it with, or overwrite, something else."""
+    held = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+    others = [n for n in held if n not in (CONFIG_FILE, WEIGHTS_FILE, SETTINGS, CARD)]
+    if others or (held and CONFIG_FILE not in held):
+        raise InputError(f"--out {out} holds something else ({(others or held)[0]}): give a new or an empty folder")
+
+
+def _value(text: str) -> Any:
+    """A hyperparameter as MLflow has it, as a number or a truth value if it is one."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None
 
 
 def _entry(found: ModelVersion) -> Entry:

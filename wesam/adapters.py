@@ -7,6 +7,7 @@ matrices from PEFT: adapting adds a fraction of a percent to the memory, and not
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import cast
 
@@ -114,8 +115,8 @@ class AdaptedSam:
         except (OSError, ValueError, TypeError, SafetensorError) as e:
             raise InputError(f"cannot read the adapter in {directory}: {e}") from None
         if config.base_model_name_or_path != _name(sam):
-            made_for = config.base_model_name_or_path
-            raise InputError(f"the adapter in {directory} is for the model {made_for}, not {_name(sam)}")
+            wanted = config.base_model_name_or_path
+            raise InputError(f"the adapter in {directory} is for the model {wanted}, not {_name(sam)}")
         config.inference_mode = False
         self = cls.__new__(cls)
         self.anchor, self.crop, self.compute = sam, Config(crop=crop).crop, ComputeConfig()
@@ -127,6 +128,20 @@ class AdaptedSam:
             raise InputError(f"the adapter in {directory} does not fit its own configuration: names or shapes differ")
         peft.set_peft_model_state_dict(self._peft, state)
         return self
+
+
+def made_for(directory: Path) -> str:
+    """The name of the model that the adapter in a folder is for, as :func:`wesam.load_sam` knows it.
+
+    Whether it has the very weights, :meth:`AdaptedSam.load` sees. Raises InputError if no model is named.
+    """
+    try:
+        name = json.loads((directory / CONFIG_FILE).read_text())["base_model_name_or_path"]
+        return str(name).partition("-")[0]
+    except FileNotFoundError:
+        raise InputError(f"no adapter in {directory}: {CONFIG_FILE} is missing") from None
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise InputError(f"cannot read the adapter in {directory}: {e}") from None
 
 
 def autocast(sam: Sam, compute: ComputeConfig) -> torch.autocast:

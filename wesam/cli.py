@@ -19,17 +19,19 @@ from PIL import Image
 from segment_anything.modeling import Sam
 
 from wesam.adapt import Report, adapt, checked, keep_best
-from wesam.adapters import AdaptedSam
+from wesam.adapters import AdaptedSam, made_for
 from wesam.anchor import Anchor
 from wesam.bench import bench_step
 from wesam.compare import compare, cross
-from wesam.config import PRESETS, Config, Objective, PromptKind, method_preset, preset
+from wesam.config import PRESETS, Config, Objective, PromptKind, method_preset, preset, read_config
 from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, guarded, json_file, table, write_json
 from wesam.data import NOTES, PUBLISHED, SPLITS, Domain, Split, load_domain, located
 from wesam.data.domain import Unusable
 from wesam.data.images import read_image
 from wesam.errors import InputError
 from wesam.evaluate import baseline, evaluate, predict
+from wesam.export import export_peft
+from wesam.found import adapter_folder
 from wesam.memory import reckon
 from wesam.methods import METHODS
 from wesam.overlay import contact_sheet, overlay
@@ -52,10 +54,11 @@ def _parser() -> Parser:
         added.set_defaults(run=run)
         return added
 
-    def model(p: argparse.ArgumentParser, use: str = "") -> None:
+    def model(p: argparse.ArgumentParser, use: str = "", adapted: bool = False) -> None:
         p.add_argument(
-            "--model", default="nano",
-            help=f"{use}one of {', '.join(model_names())}, or a file with weights of one (default: nano)",
+            "--model", default=None if adapted else "nano",
+            help=f"{use}one of {', '.join(model_names())}, or a file with weights of one "
+            f"(default: {'the one that the adapter is for, else ' if adapted else ''}nano)",
         )  # fmt: skip
         p.add_argument(
             "--device", type=_device, default=_device("auto"), help="cpu or cuda (default: cuda if it is there)"
@@ -73,6 +76,12 @@ def _parser() -> Parser:
             several = "; several with commas" if prompt is _kinds else ""
             text = f"{PROMPT_HELP}{several} (default: box)"
             p.add_argument("--prompt", type=prompt, default=prompt("box"), metavar="KIND", help=text)
+
+    def adapter(p: argparse.ArgumentParser, required: bool = False) -> None:
+        p.add_argument(
+            "--adapter", required=required, metavar="DIR|DOMAIN",
+            help="an adapter's folder, or the domain whose champion is to be fetched",
+        )  # fmt: skip
 
     def crop(p: argparse.ArgumentParser, default: str) -> None:
         p.add_argument(
@@ -124,9 +133,9 @@ def _parser() -> Parser:
 
     p = command("evaluate", _evaluate, "Score a model, with or without an adapter, on a split of a domain.")
     data(p, prompt=_kinds)
-    model(p)
+    model(p, adapted=True)
     p.add_argument("--split", choices=SPLITS, default="test")
-    p.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter to put on the model")
+    adapter(p)
     crop(p, "default: as it was adapted")
     p.add_argument(
         "--baseline", choices=("box", "ellipse"), help="score this drawing of the given box instead of a model"
@@ -139,14 +148,22 @@ def _parser() -> Parser:
     model(p)
     p.add_argument("--method", help=f"one of {', '.join(METHODS)} (default: the preset's, else wesam)")
     crop(p, "default: the preset's")
-    p.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: the model's own)")
+    start = p.add_mutually_exclusive_group()
+    start.add_argument("--preset", help=f"one of {', '.join(PRESETS)} (default: the model's own)")
+    start.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="JSON, as with every adapter fetched or made; options win over it",
+    )
     p.add_argument("--steps", type=int, help="optimisation steps")
     p.add_argument(
         "--objective", choices=get_args(Objective), default="auto",
         help="what the best step is chosen by on val; auto: mIoU, but label-free without masks (default: auto)",
     )  # fmt: skip
     most(p)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, help="(default: 0, or that of --config)")
+    p.set_defaults(prompt=None)
     p.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="a hyperparameter, as in lora.rank=8"
     )
@@ -192,25 +209,31 @@ def _parser() -> Parser:
     result(p)
 
     p = command("predict", _predict, "Segment one object of an image.")
-    model(p)
-    p.add_argument("--image", type=Path, required=True)
+    p.add_argument("image", type=Path, metavar="IMAGE")
+    model(p, adapted=True)
     given = p.add_mutually_exclusive_group(required=True)
     given.add_argument("--box", metavar="X0,Y0,X1,Y1", help="its bounding box, in pixels")
     given.add_argument(
         "--point", nargs="+", metavar="X,Y[,0|1]", help="clicks, in pixels; 1 on it (default), 0 beside it"
     )
-    p.add_argument("--adapter", type=Path, metavar="DIR", help="an adapter to put on the model")
+    adapter(p)
     crop(p, "default: as it was adapted")
     p.add_argument("--out", type=Path, required=True, metavar="MASK.png", help="the mask: 255 inside, 0 outside")
     p.add_argument("--overlay", type=Path, metavar="PICTURE.png", help="the mask drawn over the image")
     result(p)
-    text = "Write a model with an adapter's matrices added to its weights: a plain SAM, as fast as without the adapter."
+    text = "Write a model with its adapter for other programs: merged into plain weights, or for transformers and PEFT."
     p = command("export", _export, text)
-    model(p)
-    p.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="the adapter")
+    model(p, adapted=True)
+    adapter(p, required=True)
     p.add_argument(
-        "--merge", type=Path, required=True, metavar="FILE",
-        help="the weights: .pth, as segment_anything's registry loads them, or .safetensors",
+        "--merge", type=Path, metavar="FILE",
+        help="plain weights with the adapter's matrices added: .pth, as segment_anything's registry loads them, or"
+        " .safetensors",
+    )  # fmt: skip
+    p.add_argument("--peft", type=Path, metavar="DIR", help="the adapter as PEFT loads it on transformers' SamModel")
+    p.add_argument(
+        "--base", action="store_true",
+        help="with --peft: write the SamModel itself too, in DIR/base, though the hub has it",
     )  # fmt: skip
     return parser
 
@@ -323,7 +346,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             raise InputError("--label-free scores answers to prompts, and --baseline gives none")
         model, name, crop = None, f"{args.baseline} (no model)", 0.0
     else:
-        model, name = _model(args), args.model
+        model, name = _model(args)
         crop = args.crop if args.crop is not None else getattr(model, "crop", 0.0)
     rows = []
     for kind in args.prompt:
@@ -333,7 +356,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         else:
             scores = baseline(args.baseline, split)
         rows.append({
-            "domain": domain.name, "model": name, "adapter": str(args.adapter) if args.adapter else None,
+            "domain": domain.name, "model": name, "adapter": args.adapter,
             "prompt": kind, "split": args.split, "images": scores.images, "instances": scores.instances,
             **scores.known(), **({"crop": crop} if crop else {}),
         })  # fmt: skip
@@ -343,11 +366,11 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 def _adapt(args: argparse.Namespace) -> None:
     sam, domain = load_sam(args.model).to(args.device), _domain(args)
-    start = preset(args.preset) if args.preset else method_preset(args.model, args.method or "wesam")
-    method = args.method or start.method
-    changes = {"method": method, "prompt": args.prompt, "seed": args.seed}
-    changes |= _changes(args)
-    config = start.replace(changes).parse(_set(args))
+    if args.config:
+        start = read_config(args.config)
+    else:
+        start = preset(args.preset) if args.preset else method_preset(args.model, args.method or "wesam")
+    config = start.replace(_changes(args)).parse(_set(args))
     checked(domain, config)
     vanished = _vanished(sam, domain, [config])
     _writable(args.out)
@@ -369,8 +392,8 @@ def _adapt(args: argparse.Namespace) -> None:
     reports = adapt(sam, domain, config, label_free=args.objective == "label-free")
     best = keep_best(reports, args.out, objective=args.objective, watch=watch)
     row = {
-        "domain": domain.name, "model": args.model, "method": method, "prompt": args.prompt, "crop": config.crop,
-        "score": best.val.name(args.objective), "direct": best.direct.value(args.objective),
+        "domain": domain.name, "model": args.model, "method": config.method, "prompt": config.prompt,
+        "crop": config.crop, "score": best.val.name(args.objective), "direct": best.direct.value(args.objective),
         "best": best.val.value(args.objective), "step": best.step,
         "adapter": str(args.out),
     }  # fmt: skip
@@ -384,7 +407,7 @@ def _adapt(args: argparse.Namespace) -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     sam, domain = load_sam(args.model).to(args.device), _domain(args)
-    changes = {"prompt": args.prompt, **_changes(args)}
+    changes = _changes(args)
     configs = {m: method_preset(args.model, m).replace(changes).parse(_set(args)) for m in args.methods}
     _vanished(sam, domain, configs.values())
     row = {
@@ -415,7 +438,8 @@ def _seeds(args: argparse.Namespace) -> range:
 
 def _changes(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of a configuration whose options are given."""
-    return {k: v for k in ("steps", "crop", "max_instances") if (v := getattr(args, k, None)) is not None}
+    fields = ("method", "prompt", "seed", "steps", "crop", "max_instances")
+    return {k: v for k in fields if (v := getattr(args, k, None)) is not None}
 
 
 def _vanished(sam: Sam, domain: Domain, configs: Iterable[Config]) -> int:
@@ -483,7 +507,7 @@ def _bench_step(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    model = _model(args)
+    model, _ = _model(args)
     image = torch.from_numpy(read_image(args.image).copy()).permute(2, 0, 1)
     prompts = _box(args.box) if args.box else _points(args.point)
     masks, iou = predict(model, image, prompts, crop=args.crop)
@@ -496,16 +520,32 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    model = AdaptedSam.load(load_sam(args.model), args.adapter)
-    write_weights(model.merged(), args.merge)
-    print(f"{args.merge} holds {args.model} with {args.adapter} in its weights")
+    if not args.merge and not args.peft:
+        raise InputError("give --merge FILE, --peft DIR, or both")
+    if args.base and not args.peft:
+        raise InputError("--base goes with --peft DIR")
+    folder = adapter_folder(args.adapter)
+    name = args.model or made_for(folder)
+    sam = load_sam(name)
+    model = AdaptedSam.load(sam, folder)
+    if args.merge:
+        write_weights(model.merged(), args.merge)
+        print(f"{args.merge} holds {name} with {args.adapter} in its weights")
+    if args.peft:
+        base = export_peft(sam, folder, args.peft, base=args.base)
+        print(f"in Python: peft.PeftModel.from_pretrained(transformers.SamModel.from_pretrained({base!r}), "
+              f"{str(args.peft)!r})")  # fmt: skip
+        print("SamModel's coordinates are half a pixel of its resized image less than wesam's (docs/method.md)")
     if model.crop:
-        print(f"the adapter was made with --crop {model.crop:g}, which the file does not say: give it to every command")
+        print(f"the adapter was made with --crop {model.crop:g}, which neither says: show a model as much as that")
 
 
-def _model(args: argparse.Namespace) -> Sam | AdaptedSam:
-    sam = load_sam(args.model).to(args.device)
-    return AdaptedSam.load(sam, args.adapter) if args.adapter else sam
+def _model(args: argparse.Namespace) -> tuple[Sam | AdaptedSam, str]:
+    """The model that is asked for, with its adapter if there is one, and its name."""
+    folder = adapter_folder(args.adapter) if args.adapter else None
+    name: str = args.model or (made_for(folder) if folder else "nano")
+    sam = load_sam(name).to(args.device)
+    return AdaptedSam.load(sam, folder) if folder else sam, name
 
 
 def _device(text: str) -> str:

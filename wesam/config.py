@@ -8,9 +8,11 @@ command line, from a study's file and in MLflow.
 from __future__ import annotations
 
 import dataclasses
+import json
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from wesam.errors import InputError, unknown
@@ -263,3 +265,22 @@ def method_preset(model: str, method: str) -> Config:
     """The defaults of a method on a model: the preset MODEL-METHOD, else MODEL, else the published values."""
     names = [n for n in (f"{model}-{method}", model, "paper") if n in PRESETS]
     return preset(names[0]).replace({"method": method})
+
+
+def read_config(file: Path) -> Config:
+    """The configuration in a JSON file: fields by dotted path, alone, or under ``config`` as ``wesam adapt`` has it.
+
+    What the file does not name has its published value. Raises InputError for a file that cannot be read, and for a
+    wrong path or value.
+    """
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as e:
+        raise InputError(f"cannot read the configuration {file}: {e}") from None
+    fields = found.get("config", found) if isinstance(found, dict) else None
+    if not isinstance(fields, dict):
+        raise InputError(f'{file} is no configuration: expected an object of fields, as {{"lora.rank": 8}}')
+    try:
+        return Config().parse([f"{k}={v}" for k, v in fields.items()])
+    except InputError as e:
+        raise InputError(f"{file}: {e}") from None

@@ -11,7 +11,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 import tuning
-from tuning import registry, tracking
+from tuning import tracking
 from tuning.tracking import Tracker
 from wesam.errors import InputError
 
@@ -74,36 +74,3 @@ def test_a_server_that_is_away_for_a_while_loses_nothing(
     assert tracker.later(lambda: "after it").result() == "after it"
     assert first.result() == "written"
     assert capsys.readouterr().err.count("waiting for it") == 1
-
-
-def test_a_champion_is_replaced_only_by_a_better_one(tracker: Tracker) -> None:
-    def enter(val: float, data: str = "same", prompt: str = "box") -> str:
-        run = tracker.start("t", "trial", None, {})
-        run.attach(lambda: {"adapter_config.json": f"{val}".encode()}, "adapter")
-        tags = {"val_miou": str(val), "test_miou": str(val), "data": data, "prompt": prompt}
-        return registry.promote(tracker, "d", run.id, tags)[1]
-
-    assert "registered as champion" in enter(0.5)
-    assert "stays version 1" in enter(0.4)
-    assert "stays version 1" in enter(0.5)
-    best = registry.champion(tracker, "d")
-    assert best is not None
-    assert best.version == 1
-    assert "in place of version 1" in enter(0.6)
-    assert "in place of version 4 (its data differed)" in enter(0.1, data="new")
-    assert "in place of version 5 (its prompt differed)" in enter(0.05, data="new", prompt="point")
-    assert [e.version for e in registry.champions(tracker)] == [6]
-
-
-def test_fetching_brings_the_champions_files(tracker: Tracker, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no champion"):
-        registry.fetch(tracker, "birds", None)
-    run = tracker.start("t", "trial", None, {})
-    run.log(params={"lora.rank": 4})
-    run.attach(lambda: {"adapter_config.json": b"{}"}, "adapter")
-    registry.promote(tracker, "birds", run.id, {"val_miou": "0.5", "test_miou": "0.4", "data": "x"})
-    entry, config = registry.fetch(tracker, "birds", tmp_path / "out")
-    assert (entry.domain, config) == ("birds", {"lora.rank": "4"})
-    assert (tmp_path / "out" / "adapter_config.json").read_bytes() == b"{}"
-    with pytest.raises(InputError, match="did you mean 'birds'"):
-        registry.fetch(tracker, "bird", None)

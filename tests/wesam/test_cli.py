@@ -7,8 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from wesam import AdaptedSam, load_sam
 from wesam.cli import main
+from wesam.config import LoraConfig
 from wesam.console import program
+from wesam.sam import write_weights
+from wesam.sam.nano import Shape, build_nano
 
 
 def test_listings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -50,12 +54,33 @@ def test_adapt_evaluate_and_predict_in_a_row(coco_folder: Path, tmp_path: Path) 
 
     image, mask, picture = coco_folder / "images" / "test-0.png", tmp_path / "mask.png", tmp_path / "o.png"
     for given in (["--box", "15,15,45,45"], ["--point", "30,30", "70,50,0"]):
-        predict = ["predict", "--image", str(image), "--adapter", str(adapter), "--out", str(mask)]
+        predict = ["predict", str(image), "--adapter", str(adapter), "--out", str(mask)]
         assert main([*predict, *given, "--overlay", str(picture)]) == 0
         pixels = np.asarray(Image.open(mask))
         assert pixels.shape == (60, 90)
         assert set(np.unique(pixels)) <= {0, 255}
         assert Image.open(picture).size == (90, 60)
+
+
+def test_an_adaptation_can_be_repeated_from_its_record(coco_folder: Path, tmp_path: Path) -> None:
+    first, again = tmp_path / "a", tmp_path / "b"
+    few = ["--steps", "2", "--set", "eval_every=1", "--set", "lora.rank=2", "--seed", "3", "--prompt", "point"]
+    common = ["adapt", "--domain", str(coco_folder)]
+    assert main([*common, "--out", str(first), *few]) == 0
+    assert main([*common, "--out", str(again), "--config", str(first / "adaptation.json"), "--steps", "1"]) == 0
+    one, two = (json.loads((d / "adaptation.json").read_text()) for d in (first, again))
+    assert two["config"] == {**one["config"], "steps": 1}
+    assert two["curve"] == one["curve"][:2]
+
+
+def test_the_model_is_the_one_that_the_adapter_is_for(coco_folder: Path, tmp_path: Path) -> None:
+    sam = build_nano(Shape(side=64, width=24, depth=2, heads=2, whole=(1,), channels=16)).eval()
+    sam.name_or_path = "nano"
+    write_weights(sam, weights := tmp_path / "own.safetensors")
+    AdaptedSam(load_sam(str(weights)), LoraConfig()).save(tmp_path / "adapter")
+    common = ["evaluate", "--domain", str(coco_folder), "--adapter", str(tmp_path / "adapter")]
+    assert main(common) == 2, "for other weights of a nano"
+    assert main([*common, "--model", str(weights)]) == 0
 
 
 @pytest.mark.parametrize("ending", ["pth", "safetensors"])
@@ -71,6 +96,17 @@ def test_an_adapter_is_merged_into_plain_weights(coco_folder: Path, tmp_path: Pa
         scores.append(json.loads(result.read_text())["miou"])
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
     assert abs(scores[0] - scores[2]) > 0.002, "the adapter changes something"
+
+
+def test_an_adapter_is_written_for_transformers(
+    coco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    AdaptedSam(load_sam("nano"), LoraConfig(rank=2), crop=2).save(tmp_path / "adapter")
+    assert main(["export", "--adapter", str(tmp_path / "adapter"), "--peft", str(tmp_path / "peft")]) == 0
+    told = capsys.readouterr().out
+    assert f"SamModel.from_pretrained('{tmp_path}/peft/base')" in told
+    assert "--crop 2" in told
+    assert (tmp_path / "peft" / "base" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("prompt", ["box", "point", "coarse"])
@@ -146,6 +182,11 @@ def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
         ("evaluate --domain clean --prompt box,pint", "did you mean 'point'"),
         ("evaluate --domain clean --prompt box,point --baseline box", "leave the other kinds"),
         ("export --adapter no/where --merge {tmp}/w.pth", "no adapter in no/where"),
+        ("export --adapter no/where", "give --merge FILE, --peft DIR, or both"),
+        ("export --adapter no/where --base --merge {tmp}/w.pth", "--base goes with --peft"),
+        ("adapt --domain clean --out {tmp}/a --config {tmp}/none.json", "cannot read the configuration"),
+        ("adapt --domain clean --out {tmp}/a --config {tmp}/list.json", "is no configuration"),
+        ("adapt --domain clean --out {tmp}/a --config {tmp}/odd.json", "did you mean 'lora.rank'"),
         ("cross --domain clean --seeds 0", "--seeds must be at least 1"),
         ("cross --domain clean --set prompt=box", "prompt is not a hyperparameter here"),
         ("evaluate --domain clean --prompt box --splitt test", "unrecognized arguments"),
@@ -157,15 +198,15 @@ def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
         ("adapt --domain clean --out {tmp}/a --steps 0", "steps must lie in"),
         ("adapt --domain clean --prompt point --out {tmp}/a --steps 1 --set loss.tightness=1", "needs given boxes"),
         ("adapt --domain clean --out {tmp}/file/a", "cannot write to"),
-        ("predict --image no.png --box 1,2,3,4 --out {tmp}/m.png", "cannot read the image no.png"),
-        ("predict --image {tmp}/i.png --box 1,2,3 --out {tmp}/m.png", "expected a box x0,y0,x1,y1, got '1,2,3'"),
-        ("predict --image {tmp}/i.png --box 5,5,5,9 --out {tmp}/m.png", "is empty"),
-        ("predict --image {tmp}/i.png --point 5,5,0 --out {tmp}/m.png", "at least one with 1"),
-        ("predict --image {tmp}/i.png --point 5,5 --out {tmp}/none/m.png", "cannot write"),
-        ("predict --image {tmp}/i.png --point 5,nan --out {tmp}/m.png", "expected a click"),
-        ("predict --image {tmp}/i.png --point 5,5,0.5 --out {tmp}/m.png", "labelled 1"),
-        ("predict --image {tmp}/deep.png --box 1,2,3,4 --out {tmp}/m.png", "more than 8 bits"),
-        ("predict --image {tmp}/i.png --box 1,2,3,4 --crop 0.5 --out {tmp}/m.png", "crop must be 0"),
+        ("predict no.png --box 1,2,3,4 --out {tmp}/m.png", "cannot read the image no.png"),
+        ("predict {tmp}/i.png --box 1,2,3 --out {tmp}/m.png", "expected a box x0,y0,x1,y1, got '1,2,3'"),
+        ("predict {tmp}/i.png --box 5,5,5,9 --out {tmp}/m.png", "is empty"),
+        ("predict {tmp}/i.png --point 5,5,0 --out {tmp}/m.png", "at least one with 1"),
+        ("predict {tmp}/i.png --point 5,5 --out {tmp}/none/m.png", "cannot write"),
+        ("predict {tmp}/i.png --point 5,nan --out {tmp}/m.png", "expected a click"),
+        ("predict {tmp}/i.png --point 5,5,0.5 --out {tmp}/m.png", "labelled 1"),
+        ("predict {tmp}/deep.png --box 1,2,3,4 --out {tmp}/m.png", "more than 8 bits"),
+        ("predict {tmp}/i.png --box 1,2,3,4 --crop 0.5 --out {tmp}/m.png", "crop must be 0"),
         ("evaluate --domain clean --json {tmp}/none/r.json", "in one that is not there"),
         ("adapt --domain clean --out {tmp}/a --set crop=2", "use --crop"),
         ("adapt --domain clean --out {tmp}/a --seed 4294967296", "seed must lie in"),
@@ -178,6 +219,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
     arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "odd.json").write_text('{"lora.rnk": 4}')
     Image.new("RGB", (20, 20)).save(tmp_path / "i.png")
     Image.new("I;16", (20, 20)).save(tmp_path / "deep.png")
     try:

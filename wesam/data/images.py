@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
@@ -24,13 +25,14 @@ def may_have_size(file: Path, size: tuple[int, int]) -> bool:
         return size == stored or (size == stored[::-1] and _turned(image, file))
 
 
-def read_image(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
+def read_image(file: Path, size: tuple[int, int] | None = None, content: bytes | None = None) -> np.ndarray:
     """The image in RGB, uint8 [H, W, 3]; raises InputError as :func:`may_have_size` does, and if it ends early.
 
     Grey, palette, transparent and CMYK images are converted; what is transparent keeps its colour. It is turned as its
     EXIF orientation says, unless it has the given (height, width) only as it is stored: so were its labels made.
+    content: what the file holds, if it is no file; errors call it by this path all the same.
     """
-    with _opened(file) as image:
+    with _opened(file, content=content) as image:
         lying = size == (image.height, image.width) and image.height != image.width and _turned(image, file)
         try:
             return np.asarray((image if lying else ImageOps.exif_transpose(image)).convert("RGB"))
@@ -63,11 +65,11 @@ def _turned(image: Image.Image, file: Path) -> bool:
         raise InputError(f"cannot read the image {file}: {e}") from None
 
 
-def _opened(file: Path, deep: bool = False) -> Image.Image:
+def _opened(file: Path, deep: bool = False, content: bytes | None = None) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file)
+            image = Image.open(file if content is None else io.BytesIO(content))
     except UnidentifiedImageError:
         raise InputError(f"cannot read the image {file}: it is none, or of an unknown format") from None
     except (OSError, SyntaxError, ValueError) as e:

@@ -1,0 +1,48 @@
+"""An adapter's card, from plain data."""
+
+from __future__ import annotations
+
+from tuning.card import About, card, summary
+
+TAGS = {
+    "model": "vit_b", "prompt": "box", "val_prompt": "box", "data": "abc", "study": "s", "trial": "7", "seed": "5",
+    "crop": "2.0", "score": "miou", "val_miou": "0.71", "test_miou": "0.7", "test_miou_sd": "0.012", "test_seeds": "3",
+    "version.torch": "2", "mlflow.source.git.commit": "c0ffee",
+}  # fmt: skip
+SCORES = {
+    "test_miou": 0.7, "test_miou_sd": 0.012, "box_filled_test_miou": 0.3, "ellipse_test_miou": 0.4,
+    "direct_test_miou": 0.6, "paper_test_miou": 0.65, "supervised_test_miou": 0.8, "supervised_test_miou_sd": 0.02,
+    "gap_closed": 0.5, "direct_val_miou": 0.61,
+}  # fmt: skip
+
+
+def test_a_card_says_what_it_is_how_good_and_how_it_came_about() -> None:
+    told = card(About("nuclei", "run1", TAGS, SCORES, {"method": "wesam", "lora.rank": "4"}, 16))
+    table = told[told.index("## Scores") : told.index("## How it was chosen")]
+    rows = [line.split(" | ")[1].rstrip(" |") for line in table.splitlines() if line.startswith("| ")][2:]
+    assert rows == ["0.300", "0.400", "0.600", "0.650", "0.700 ± 0.012", "0.800 ± 0.020"]
+    assert "50 % of the gap" in told
+    assert "± is the standard deviation over 3 training seeds" in told
+    for fact in ("16 trials (trial 7)", "mIoU 0.710", "run1", "c0ffee", "torch 2", "`abc`", "study: s", "seed: 5",
+                 "| `lora.rank` | `4` |", "a square around each prompt, 2 times", "boxes"):  # fmt: skip
+        assert fact in told
+    assert "0.610" not in told, "Direct on val is no score on test"
+    for use in ("wesam predict", 'best_adapter("nuclei")', "SamModel.from_pretrained"):
+        assert use in told
+
+
+def test_what_is_not_known_is_not_said() -> None:
+    tags = {"test_label_free": "0.5", "score": "label_free", "prompt": "point", "model": "vit_t"}
+    about = About("birds", "r", tags, {"test_label_free": 0.5}, {}, 0)
+    told = card(about)
+    assert "label-free score on test 0.500" in summary(about)
+    assert "± is" not in told
+    assert "is not known" in told
+    assert "Supervised: adapted" not in told
+    assert "transformers has no counterpart" in told
+    assert "--point X,Y" in told
+
+
+def test_seeds_may_be_listed() -> None:
+    about = About("birds", "r", {**TAGS, "test_seeds": "[0.69, 0.71]"}, SCORES, {}, 3)
+    assert "over 2 training seeds" in card(about)

@@ -1,0 +1,201 @@
+"""An adapter's card: what it is, how good, how it came about and how it is used, as Markdown from plain data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tuning.plan import WORDS
+
+REFERENCES = {
+    "box_filled": "box filled",
+    "ellipse": "ellipse in the box",
+    "direct": "Direct: the model without an adapter",
+    "paper": "the paper's hyperparameters",
+    "": "**this adapter**",
+    "supervised": "Supervised: adapted with true masks",
+}
+"""What a card's table of scores shows, in this order; the key begins the score's name, as in ``direct_test_miou``."""
+
+LIMITS = """
+- It is for the domain, the kind of prompt and the very weights named above; on other images it can be worse than the
+  model without it.
+- Scores are means over the images of one test split. The spread is that over training seeds alone: it says nothing
+  about other images.
+- The study chose it by its score on val. A champion is chosen among adapters by their scores on test: after many
+  studies on one test split, the champion's score there flatters it.
+"""
+
+
+@dataclass(frozen=True)
+class About:
+    """What a card is made from."""
+
+    domain: str
+    run_id: str
+    tags: Mapping[str, str]
+    """Of the version: model, prompt, data, study, scores; versions and the commit."""
+    scores: Mapping[str, float]
+    """By name, as ``test_miou``, ``test_miou_sd``, ``direct_test_miou``; what is not known is absent."""
+    config: Mapping[str, str]
+    """Every hyperparameter."""
+    trials: int
+    """Of the study, on this domain."""
+
+    @property
+    def judged_by(self) -> str:
+        """The name of the score on test: ``miou`` or ``label_free``."""
+        return judged_by(self.tags)
+
+
+def judged_by(tags: Mapping[str, str]) -> str:
+    """The name of the score that a version has on test: the one it was chosen by, or mIoU, or the label-free one."""
+    names = [n for n in (tags.get("score", "miou"), "miou", "label_free") if f"test_{n}" in tags]
+    return names[0] if names else "miou"
+
+
+def score(value: float | None, spread: float | None = None) -> str:
+    """A score in words, with its spread if that is known."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
+
+
+def summary(about: About) -> str:
+    """A card's first lines, for where there is no room for more."""
+    t, s, name = about.tags, about.scores, about.judged_by
+    own = score(s.get(f"test_{name}"), s.get(f"test_{name}_sd"))
+    direct, gap = s.get(f"direct_test_{name}"), s.get("gap_closed")
+    text = (
+        f"An adapter of {t.get('model', 'a SAM')} for the image domain {about.domain}, from {_labels(t)}. "
+        f"{WORDS[name]} on test {own}"
+    )
+    if direct is not None:
+        text += f"; without an adapter {direct:.3f}"
+    if gap is not None:
+        text += f"; {100 * gap:.0f} % of the gap between Direct and Supervised"
+    return text + "."
+
+
+def card(about: About) -> str:
+    """The card."""
+    t, s, name = about.tags, about.scores, about.judged_by
+    rows = []
+    for key, title in REFERENCES.items():
+        full = f"{key}_test_{name}" if key else f"test_{name}"
+        if full in s:
+            rows.append((title, score(s[full], s.get(f"{full}_sd"))))
+    seeds = json.loads(t.get("test_seeds", "1"))
+    count = len(seeds) if isinstance(seeds, list) else seeds
+    spread = f" ± is the standard deviation over {count} training seeds." if f"test_{name}_sd" in s else ""
+    model = t.get("model", "nano")
+    facts = {
+        "domain": f"{about.domain} (data digest `{t.get('data', 'unknown')}`)",
+        "method": about.config.get("method", "unknown"),
+        "model": model,
+        "prompts": t.get("prompt", "unknown"),
+        "shown": _shown(t.get("crop", about.config.get("crop", "0"))),
+    }
+    val = t.get(f"val_{t.get('score', 'miou')}")
+    chosen = f"the best of {about.trials} trials" if about.trials else "the best trial"
+    by = f" with {WORDS[t.get('score', 'miou')]} {float(val):.3f}" if val else ""
+    trial = f" (trial {t['trial']})" if "trial" in t else ""
+    versions = ", ".join(f"{k.removeprefix('version.')} {v}" for k, v in sorted(t.items()) if k.startswith("version."))
+    found = {
+        "study": t.get("study", "unknown"),
+        "MLflow run": about.run_id,
+        "seed": t.get("seed", "unknown"),
+        "commit": t.get("mlflow.source.git.commit", "unknown"),
+        "versions": versions or "unknown",
+    }
+    return f"""# Adapter for {about.domain}
+
+{summary(about)}
+
+{_facts(facts)}
+
+## Scores on test
+
+{_table(("", WORDS[name]), rows)}
+
+{_gap(s)}{spread}
+
+## How it was chosen
+
+It is {chosen}{trial} of a study on val{by}. Test was read once, after that.
+
+{_facts(found)}
+
+## How to use it
+
+```
+{_command(about.domain, model, t.get("prompt", "box"))}
+```
+
+```python
+import wesam
+from tuning.registry import best_adapter
+
+model = best_adapter("{about.domain}")
+masks, iou = wesam.predict(model, image, {_prompts(t.get("prompt", "box"))})
+```
+
+{_transformers(about.domain, model)}
+
+## Limits
+{LIMITS}
+## Hyperparameters
+
+{_table(("field", "value"), [(f"`{k}`", f"`{v}`") for k, v in sorted(about.config.items())])}
+"""
+
+
+def _labels(tags: Mapping[str, str]) -> str:
+    kind = tags.get("prompt", "")
+    if kind == "grid":
+        return "no labels at all"
+    return {"box": "boxes", "coarse": "rough polygons", "coarse-box": "rough boxes"}.get(kind, "clicks")
+
+
+def _shown(crop: str) -> str:
+    if not float(crop):
+        return "the whole image"
+    return f"a square around each prompt, {float(crop):g} times as long (crop {float(crop):g})"
+
+
+def _gap(scores: Mapping[str, float]) -> str:
+    if "gap_closed" not in scores:
+        return "The share of the gap between Direct and Supervised is not known."
+    return f"It closes {100 * scores['gap_closed']:.0f} % of the gap between Direct and Supervised."
+
+
+def _command(domain: str, model: str, prompt: str) -> str:
+    given = "--box X0,Y0,X1,Y1" if "box" in prompt or prompt == "grid" else "--point X,Y"
+    own = "" if "/" not in model and "." not in model else f" --model {model}"
+    return f"wesam predict IMAGE {given} --adapter {domain}{own} --out mask.png --overlay seen.png"
+
+
+def _prompts(prompt: str) -> str:
+    if prompt.startswith("point"):
+        return "wesam.Prompts(points=points, point_labels=labels)"
+    return "wesam.Prompts(polygons=polygons)" if prompt == "coarse" else "wesam.Prompts(boxes=boxes)"
+
+
+def _transformers(domain: str, model: str) -> str:
+    if model == "vit_t":
+        return "transformers has no counterpart of this model."
+    return f"""With transformers and PEFT, after `wesam export --adapter {domain} --peft for-hf --base`:
+
+```python
+base = transformers.SamModel.from_pretrained("for-hf/base")
+model = peft.PeftModel.from_pretrained(base, "for-hf")  # its coordinates are half a pixel less than wesam's
+```"""
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    return "\n".join(f"- {k}: {v}" for k, v in facts.items())
+
+
+def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    return "\n".join(" | ".join(("", *cells, "")).strip() for cells in (head, ("---", "---"), *rows))
