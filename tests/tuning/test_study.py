@@ -51,7 +51,7 @@ def check(result: dict[str, Any], tracker: Tracker, small: Path, tmp_path: Path)
 
     assert row["best_trial"] == best.number, "no trial beat Direct"
     entry, config = registry.fetch(tracker, "small", tmp_path / "adapter")
-    assert config == best.config
+    assert {k: str(v) for k, v in config.items()} == best.config
     model = AdaptedSam.load(load_sam(), tmp_path / "adapter")
     domain = load_domain(str(small))
     assert evaluate(model, domain.split("val"), "box").miou == pytest.approx(best.best, abs=1e-4)
