@@ -28,7 +28,7 @@ LIMITS = """
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class About:
     """What a card is made from."""
 
@@ -40,8 +40,12 @@ class About:
     """By name, as ``test_miou``, ``test_miou_sd``, ``direct_test_miou``; what is not known is absent."""
     config: Mapping[str, str]
     """Every hyperparameter."""
+    base: str
+    """The weights that it is for, by name and digest."""
     trials: int
     """Of the study, on this domain."""
+    step: int | None
+    """Of its training, at which it was best on val."""
 
     @property
     def judged_by(self) -> str:
@@ -93,7 +97,7 @@ def card(about: About) -> str:
     facts = {
         "domain": f"{about.domain} (data digest `{t.get('data', 'unknown')}`)",
         "method": about.config.get("method", "unknown"),
-        "model": model,
+        "model": f"{model} (weights `{about.base}`)",
         "prompts": t.get("prompt", "unknown"),
         "shown": _shown(t.get("crop", about.config.get("crop", "0"))),
     }
@@ -101,6 +105,7 @@ def card(about: About) -> str:
     chosen = f"the best of {about.trials} trials" if about.trials else "the best trial"
     by = f" with {WORDS[t.get('score', 'miou')]} {float(val):.3f}" if val else ""
     trial = f" (trial {t['trial']})" if "trial" in t else ""
+    step = f", after {about.step} steps," if about.step is not None else ""
     versions = ", ".join(f"{k.removeprefix('version.')} {v}" for k, v in sorted(t.items()) if k.startswith("version."))
     found = {
         "study": t.get("study", "unknown"),
@@ -123,7 +128,7 @@ def card(about: About) -> str:
 
 ## How it was chosen
 
-It is {chosen}{trial} of a study on val{by}. Test was read once, after that.
+It is {chosen}{trial} of a study{step} on val{by}. The study read test only after that.
 
 {_facts(found)}
 

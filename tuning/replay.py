@@ -1,4 +1,4 @@
-"""Trials of before, told to a scheduler: so that a study goes on, or to see what early stopping would have made of it."""
+"""Trials of before, told to a scheduler: for a study that goes on, or to see what early stopping would have saved."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ resized image less than continuous pixels have it (:mod:`wesam.prompts`).
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,9 +90,10 @@ def export_peft(sam: Sam, adapter: Path, out: Path, *, base: bool = False) -> st
 def write_base(sam: Sam, out: Path) -> None:
     """Writes a SAM, and what prepares its images, as ``SamModel`` and ``SamProcessor`` load them from the folder."""
     _convertible(sam)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers import SamImageProcessor, SamModel, SamProcessor
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = SamModel(transformers_config(sam))
     state = {renamed(k): v.detach().cpu() for k, v in sam.state_dict().items()}
     positions = state["prompt_encoder.shared_embedding.positional_embedding"]

@@ -37,5 +37,5 @@ def adapter_folder(given: str, providers: Iterable[EntryPoint] | None = None) ->
         except ImportError as e:
             refusals.append(f"{provider.value} cannot be loaded: {e}")
     what = f"no adapter in {given}: {CONFIG_FILE} is missing" if path.is_dir() else f"there is no folder {given}"
-    why = "; ".join(refusals) or "nothing that knows adapters by their domain is installed: pip install 'wesam[tuning]'"
+    why = "; ".join(refusals) or "nothing that knows adapters by their domain is installed: install wesam with [tuning]"
     raise InputError(f"{what}, and {why}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tuning.card import About, card, summary
 
 TAGS = {
@@ -16,15 +18,30 @@ SCORES = {
 }  # fmt: skip
 
 
+def about(**other: Any) -> About:
+    """What an adapter's card is made from."""
+    config = {"method": "wesam", "lora.rank": "4"}
+    known: dict[str, Any] = {
+        "tags": TAGS,
+        "scores": SCORES,
+        "config": config,
+        "base": "vit_b-0123",
+        "trials": 16,
+        "step": 40,
+    }
+    return About(domain="nuclei", run_id="run1", **{**known, **other})
+
+
 def test_a_card_says_what_it_is_how_good_and_how_it_came_about() -> None:
-    told = card(About("nuclei", "run1", TAGS, SCORES, {"method": "wesam", "lora.rank": "4"}, 16))
+    told = card(about())
     table = told[told.index("## Scores") : told.index("## How it was chosen")]
     rows = [line.split(" | ")[1].rstrip(" |") for line in table.splitlines() if line.startswith("| ")][2:]
     assert rows == ["0.300", "0.400", "0.600", "0.650", "0.700 ± 0.012", "0.800 ± 0.020"]
     assert "50 % of the gap" in told
     assert "± is the standard deviation over 3 training seeds" in told
-    for fact in ("16 trials (trial 7)", "mIoU 0.710", "run1", "c0ffee", "torch 2", "`abc`", "study: s", "seed: 5",
-                 "| `lora.rank` | `4` |", "a square around each prompt, 2 times", "boxes"):  # fmt: skip
+    for fact in ("16 trials (trial 7)", "after 40 steps", "`vit_b-0123`", "mIoU 0.710", "run1", "c0ffee", "torch 2",
+                 "`abc`", "study: s", "seed: 5", "| `lora.rank` | `4` |",
+                 "a square around each prompt, 2 times", "boxes"):  # fmt: skip
         assert fact in told
     assert "0.610" not in told, "Direct on val is no score on test"
     for use in ("wesam predict", 'best_adapter("nuclei")', "SamModel.from_pretrained"):
@@ -33,9 +50,9 @@ def test_a_card_says_what_it_is_how_good_and_how_it_came_about() -> None:
 
 def test_what_is_not_known_is_not_said() -> None:
     tags = {"test_label_free": "0.5", "score": "label_free", "prompt": "point", "model": "vit_t"}
-    about = About("birds", "r", tags, {"test_label_free": 0.5}, {}, 0)
-    told = card(about)
-    assert "label-free score on test 0.500" in summary(about)
+    unknown = about(tags=tags, scores={"test_label_free": 0.5}, config={}, trials=0, step=None)
+    told = card(unknown)
+    assert "label-free score on test 0.500" in summary(unknown)
     assert "± is" not in told
     assert "is not known" in told
     assert "Supervised: adapted" not in told
@@ -44,5 +61,4 @@ def test_what_is_not_known_is_not_said() -> None:
 
 
 def test_seeds_may_be_listed() -> None:
-    about = About("birds", "r", {**TAGS, "test_seeds": "[0.69, 0.71]"}, SCORES, {}, 3)
-    assert "over 2 training seeds" in card(about)
+    assert "over 2 training seeds" in card(about(tags={**TAGS, "test_seeds": "[0.69, 0.71]"}))

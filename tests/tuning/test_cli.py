@@ -14,7 +14,7 @@ import pytest
 
 from tuning.cli import main
 from tuning.listener import CHECKPOINT
-from tuning.tracking import Tracker
+from tuning.tracking import ROLE, Tracker
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,7 +67,7 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process_and_the_study_can_g
     fixed = ["eval_every=1", "optim.batch_size=1", "lora.rank=1", "lora.targets=qkv"]
     options = [part for f in fixed for part in ("--set", f)]
     run = subprocess.Popen(
-        [*tune, "run", "--name", "s", "--domain", str(small), "--trials", "4", "--steps", "6", *options],
+        [*tune, "run", "--name", "s", "--domain", str(small), "--trials", "4", "--steps", "6", "--seeds", "1", *options],
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert run.stdout is not None
@@ -96,7 +96,10 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process_and_the_study_can_g
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     finished = [r for r in tracker.find("trial") if r.info.status == "FINISHED"]
-    assert sorted(int(r.data.tags["wesam.trial"]) for r in finished) == [1, 2, 3, 4]
+    searched = [r for r in finished if ROLE not in r.data.tags]
+    assert sorted(int(r.data.tags["wesam.trial"]) for r in searched) == [1, 2, 3, 4]
+    roles = [r.data.tags[ROLE] for r in finished if ROLE in r.data.tags]
+    assert (roles.count("direct"), roles.count("supervised")) == (1, 1)
     assert interrupted <= {r.info.run_id for r in finished}, "what had a checkpoint goes on in its own run"
     for run in interrupted:
         steps = [m.step for m in tracker.client.get_metric_history(run, "val_miou")]

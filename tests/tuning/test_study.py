@@ -61,7 +61,7 @@ def check(plan: Plan, result: dict[str, Any], tracker: Tracker, small: Path, tmp
 
     entry, config = registry.fetch(tracker, "small", tmp_path / "adapter")
     chosen = max((best, *again), key=lambda t: t.best)
-    assert (entry.run_id, config) == (chosen.run_id, chosen.config)
+    assert (entry.run_id, {k: str(v) for k, v in config.items()}) == (chosen.run_id, chosen.config)
     model = AdaptedSam.load(load_sam(), tmp_path / "adapter")
     domain = load_domain(str(small))
     assert evaluate(model, domain.split("val"), "box").miou == pytest.approx(chosen.best, abs=1e-4)
@@ -139,7 +139,9 @@ def test_when_every_trial_fails_the_domain_has_failed_and_changed_data_are_not_g
     shutil.copytree(small, broken)
     for file in sorted(broken.glob("train-*.png"))[1:]:  # they end early, which only reading them tells
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    plan = make_plan({"name": "s", "domains": [str(broken)], "trials": 2, "storage": str(tmp_path / "runs")}, [])
+    plan = make_plan(
+        {"name": "s", "domains": [str(broken)], "trials": 2, "seeds": 0, "storage": str(tmp_path / "runs")}, []
+    )
     (row,) = new_study(plan, tracker)["domains"]
     assert "no trial has come to a result" in row["error"]
     assert "cannot read the image" in capsys.readouterr().out
@@ -185,7 +187,7 @@ def test_a_study_where_only_boxes_are_known(small: Path, tmp_path: Path, tracker
             found["annotations"].append({"id": 99, "image_id": 0, "iscrowd": 0, "bbox": [5, 5, 0.1, 0.1]})
         (boxes / f"{split}.json").write_text(json.dumps(found))
     plan = make_plan(
-        {"name": "s", "domains": [str(boxes)], "trials": 3, "steps": 15, "storage": str(tmp_path / "runs")},
+        {"name": "s", "domains": [str(boxes)], "trials": 3, "steps": 15, "seeds": 1, "storage": str(tmp_path / "runs")},
         ["eval_every=5", "optim.batch_size=2", "optim.lr=0.002", "loss.tightness=5", "loss.focal=0"],
     )
     (row,) = new_study(plan, tracker)["domains"]
