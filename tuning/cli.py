@@ -186,7 +186,16 @@ def _study(args: argparse.Namespace, run: Callable[[Any, Any], dict[str, Any]]) 
 
 def summary(result: dict[str, Any]) -> str:
     """A study's result in words: the table of test scores, and what became of each domain's best adapter."""
-    rows = [{"domain": r["domain"], **{title: r.get(key) for key, title in COLUMNS.items()}} for r in result["domains"]]
+    from tuning.report import share, spread
+
+    rows = [
+        {
+            "domain": r["domain"],
+            **{title: spread(r.get(key), r.get(f"{key}_sd")) for key, title in COLUMNS.items()},
+            "gap closed": share(r.get("gap_closed")),
+        }
+        for r in result["domains"]
+    ]
     gap = result["gap_between_trials"]
     lines = ["mIoU on test:", table(rows), ""]
     unknown = [r["domain"] for r in result["domains"] if r.get("score") == "label_free"]

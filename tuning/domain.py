@@ -67,6 +67,7 @@ class DomainSearch(threading.Thread):
                 if self._before is None
                 else c.tracker.reopen(self._before)
             )
+            runs[-1].use(t.data for t in self._targets)
         try:
             self.rows = self._concluded(runs[-1])
             for target, row in zip(self._targets, self.rows, strict=True):
@@ -107,6 +108,7 @@ class DomainSearch(threading.Thread):
         tags = {ROLE: DIRECT, "wesam.trial": "0", "label": "Direct", "ended": "finished"}
         tags |= {**self._tags, "wesam.proposal": json.dumps(about)}
         zero = self._c.tracker.start(f"{self.name} Direct", "trial", run, tags)
+        zero.use(run.data)
         zero.log(
             {**metrics, METRIC: score, "best_step": 0, "last_step": 0},
             params={**self._c.plan.base.flat(), "method": DIRECT},

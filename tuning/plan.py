@@ -45,6 +45,7 @@ DEMO: dict[str, Any] = {
     "prompt": "box",
     "trials": 8,
     "steps": 32,
+    "seeds": 2,
     "set": {"eval_every": 8, "optim.batch_size": 2},
 }
 """The study of ``--demo``: about seven minutes on two cores."""
@@ -137,6 +138,12 @@ class Plan:
         return method_preset(self.model, "supervised").replace(
             {k: v for k, v in self.base.flat().items() if k in _BUDGET}
         )
+
+    def aided(self) -> dict[str, Value] | None:
+        """The point of the space that is nearest to the model's defaults with box aids; None where it has none."""
+        name = f"{self.model}-aided"
+        known = name in PRESETS and self.base.prompt in BOXES and not get_method(self.base.method).needs_masks
+        return self.nearest(preset(name).flat()) if known else None
 
     def has_supervised(self, domain: Domain) -> bool:
         """Whether Supervised is a reference on this domain: its masks are known, and trials do not learn from them."""

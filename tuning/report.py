@@ -12,15 +12,21 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from tuning import plots
+from tuning import joint, plots
 from tuning.conclusion import PICTURE, RESULT
+from tuning.domain import past
 from tuning.listener import ENDED
 from tuning.plan import COLUMNS, WORDS, Plan
+from tuning.replay import Past, replay
+from tuning.sampler import COST_METRICS
 from tuning.study import PLAN, find_study
 from tuning.tracking import Tracker, Trial, trials
 from wesam.errors import InputError
 
 PAGE, TABLE = "report.html", "report.md"
+
+HEAD = ["domain", "split", "score", *COLUMNS.values(), "gap closed"]
+"""Of the main table."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,8 @@ class Part:
     row: dict[str, Any]
     trials: list[Trial]
     curves: dict[int, plots.Curve]
+    past: list[Past]
+    """The trials, as a scheduler is told of them."""
     trust: Trust | None
     picture: bytes | None
 
@@ -76,15 +84,18 @@ def collect(tracker: Tracker, name: str) -> Collected:
 
 
 def _part(tracker: Tracker, row: dict[str, Any]) -> Part:
-    found = trials(tracker, row["run_id"])
+    found = trials(tracker, row["trials_of"])
 
     def curve(trial: Trial, score: str) -> plots.Curve:
-        return sorted((m.step, m.value) for m in tracker.client.get_metric_history(trial.run_id, f"val_{score}"))
+        name = joint.metric(f"val_{score}", row["domain"]) if row["joint"] else f"val_{score}"
+        return sorted((m.step, m.value) for m in tracker.client.get_metric_history(trial.run_id, name))
 
     curves = {t.number: curve(t, row["val"]["score"]) for t in found}
     pairs = [_pairs(curve(t, "label_free"), curve(t, "miou")) for t in found]
     trust = Trust.of(pairs[0][0], [p[1:] for p in pairs]) if pairs and all(pairs) else None
-    return Part(row, found, curves, trust, tracker.files(row["run_id"], "").get(PICTURE))
+    return Part(
+        row, found, curves, [past(tracker, t) for t in found], trust, tracker.files(row["run_id"], "").get(PICTURE)
+    )
 
 
 def _pairs(scores: plots.Curve, mious: plots.Curve) -> list[tuple[float, float]]:
@@ -111,15 +122,26 @@ def _cells(found: Collected) -> list[list[str]]:
     rows = []
     for part in found.parts:
         for split, scores in (("test", part.row), ("val", part.row["val"])):
-            rows.append([part.row["domain"], split, WORDS[scores["score"]], *(_number(scores[k]) for k in COLUMNS)])
+            cells = [spread(scores.get(k), scores.get(f"{k}_sd")) for k in COLUMNS]
+            rows.append([part.row["domain"], split, WORDS[scores["score"]], *cells, share(scores.get("gap_closed"))])
     return rows
 
 
+def spread(mean: float | None, deviation: float | None = None) -> str:
+    """A score, and its standard deviation over seeds where that is known."""
+    return "-" if mean is None else f"{mean:.3f}" + (f" ± {deviation:.3f}" if deviation is not None else "")
+
+
+def share(closed: float | None) -> str:
+    """A share of the gap between Direct and Supervised, in per cent."""
+    return "-" if closed is None else f"{100 * closed:.0f} %"
+
+
 def _markdown(found: Collected) -> str:
-    head = ["domain", "split", "score", *COLUMNS.values()]
+    head = HEAD
     lines = [" | ".join(r) for r in (head, ["---"] * len(head), *_cells(found))]
     told = [f"- {p.row['domain']}: {p.row['outcome']}" for p in found.parts]
-    told += [f"- {p.row['domain']}: {_trusted(p.trust)}" for p in found.parts if p.trust]
+    told += [f"- {p.row['domain']}: {text}" for p in found.parts for text in _told(p, found.plan)]
     return f"# Study {found.result['study']}\n\n{_about(found)}\n\n" + "\n".join(
         [*(f"| {line} |" for line in lines), "", *told, ""]
     )
@@ -131,7 +153,11 @@ def _about(found: Collected) -> str:
         f"{r['prompt']} prompts, model {r['model']}; {r['trials']} trials per domain of at most {r['steps']} "
         f"steps, {r['workers']} worker(s) each, seed {r['seed']}; {r['seconds'] / 60:.1f} minutes"
     )
-    return text + (f"; {gap['median']:.2f} s between trials." if gap else ".")
+    text += f"; {gap['median']:.2f} s between trials." if gap else "."
+    seeds = r.get("seeds", 0)
+    if not seeds:
+        return text
+    return f"{text} Best found and Supervised on test: mean and standard deviation over {seeds} other seeds."
 
 
 _STYLE = """
@@ -144,7 +170,7 @@ code { background: #f3f3f3; padding: 0 .3em } small { color: #666 }
 
 def _page(found: Collected) -> str:
     name = escape(found.result["study"])
-    head = ["domain", "split", "score", *COLUMNS.values()]
+    head = HEAD
     failed = [r for r in found.result["domains"] if "error" in r]
     body = [f"<h1>Study {name}</h1><p>{escape(_about(found))}</p>", _table(head, _cells(found))]
     body += [f"<p><b>{escape(r['domain'])}</b> failed: {escape(r['error'])}</p>" for r in failed]
@@ -161,14 +187,15 @@ def _page(found: Collected) -> str:
 def _domain(part: Part, plan: Plan) -> str:
     row, val = part.row, part.row["val"]
     out = [f"<h2>{escape(row['domain'])}</h2><p>{escape(row['outcome'])}</p>"]
-    told = [_trusted(part.trust) if part.trust else None, _warmth(part.trials)]
-    out += [f"<p>{escape(text)}</p>" for text in told if text]
+    out += [f"<p>{escape(text)}</p>" for text in _told(part, plan)]
     if part.picture:
         data = base64.b64encode(part.picture).decode()
         out.append(f'<img alt="before and after adaptation" src="data:image/png;base64,{data}">')
     if part.trials:
         drawings = [
-            plots.by_trial(part.trials, val["direct"], val["ellipse"], WORDS[val["score"]]),
+            plots.by_trial(part.trials, 0.0, None, joint.JOINTLY[row["joint"]])
+            if row["joint"]
+            else plots.by_trial(part.trials, val["direct"], val["ellipse"], WORDS[val["score"]]),
             plots.by_step(part.curves, row["best_trial"], WORDS[val["score"]]),
             plots.importances(part.trials, plan.space),
             plots.against_score(part.trials, plan.space),
@@ -176,6 +203,62 @@ def _domain(part: Part, plan: Plan) -> str:
         out.append(f'<div class="plots">{"".join(d for d in drawings if d)}</div>')
         out.append(_trials(part, plan))
     return "".join(out)
+
+
+def _told(part: Part, plan: Plan) -> list[str]:
+    """What there is to say of a domain, beside its outcome."""
+    told = [
+        _gap(part.row), _cost(part, plan), _trusted(part.trust) if part.trust else None, _warmth(part.trials),
+        _front(part, plan),
+    ]  # fmt: skip
+    return [text for text in told if text]
+
+
+def _gap(row: dict[str, Any]) -> str | None:
+    """What can be won at all, and how much of it has been."""
+    if row["gap_closed"] is None:
+        return None
+    gain, most = 100 * (row["best"] - row["direct"]), 100 * (row["supervised"] - row["direct"])
+    return (
+        f"On test the best found is {gain:+.1f} points above Direct; training on true masks in as many steps "
+        f"(Supervised) gives {most:+.1f}: {share(row['gap_closed'])} of that gap is closed."
+    )
+
+
+def _cost(part: Part, plan: Plan) -> str:
+    cost = part.row["cost"]
+    where = "in a joint search, " if part.row["joint"] else ""
+    said = (
+        f"Cost: {where}{cost['gpu_hours']:.2f} hours of GPUs, or of workers where there are none; the search took "
+        f"{cost['steps']} optimisation steps"
+    )
+    if plan.scheduler != "none":
+        return (
+            f"{said}, {share(cost['steps'] / cost['full_steps'])} of the {cost['full_steps']} without early stopping."
+        )
+    left = replay(plan, part.past)
+    best = max(t.best for t in part.trials)
+    return (
+        f"{said}. Replayed with ASHA, the same trials take {left.steps} steps ({share(left.steps / cost['steps'])}), "
+        f"and the best of them on val is {100 * (best - left.best):.1f} points behind."
+    )
+
+
+def _front(part: Part, plan: Plan) -> str | None:
+    """The trials that no other one beats in everything that the study was to make large or small."""
+    if not plan.minimize:
+        return None
+    names = [COST_METRICS[c] for c in plan.minimize]
+    rows = [(t, (-t.best, *(t.metrics[n] for n in names))) for t in part.trials]
+    front = [
+        (t, values) for t, values in rows
+        if not any(all(a <= b for a, b in zip(o, values, strict=True)) and o != values for _, o in rows)
+    ]  # fmt: skip
+    said = [
+        f"trial {t.number} ({t.best:.3f}; " + ", ".join(f"{n} {v:.3g}" for n, v in zip(names, v[1:], strict=True)) + ")"
+        for t, v in sorted(front, key=lambda f: f[1])
+    ]
+    return f"Pareto front on val: {'; '.join(said)}."
 
 
 def _trusted(trust: Trust) -> str:

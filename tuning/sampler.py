@@ -102,8 +102,8 @@ def startup(plan: Plan) -> int:
 
 
 def enqueue(study: optuna.Study, plan: Plan, references: Iterable[str]) -> None:
-    """Has the study begin with the references that lie in the space, what other studies found best, and variants of the
-    model's defaults, each with about half of its values drawn anew.
+    """Has the study begin with the references that lie in the space, what other studies found best, with boxes the
+    model's defaults with box aids, and variants of both defaults, each with about half of its values drawn anew.
     """
     known = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("study") == plan.name]
     waiting = {t.user_attrs.get("reference") for t in known if t.state == TrialState.WAITING}
@@ -123,10 +123,15 @@ def enqueue(study: optuna.Study, plan: Plan, references: Iterable[str]) -> None:
     defaults = plan.point("defaults")
     if defaults is None or plan.sampler == "random":
         return
+    aided = plan.aided()
+    if aided and first < startup(plan):
+        first += 1
+        study.enqueue_trial(encoded(plan.space, aided), user_attrs={"study": plan.name})
     generator = random.Random(plan.base.seed)
-    for _ in range(startup(plan) - first):
+    for n in range(startup(plan) - first):
         drawn = {p: axis.draw(generator) for p, axis in plan.space.items() if generator.random() < 0.5}
-        study.enqueue_trial(encoded(plan.space, {**defaults, **drawn}), user_attrs={"study": plan.name})
+        start = aided if aided and n % 2 == 0 else defaults
+        study.enqueue_trial(encoded(plan.space, {**start, **drawn}), user_attrs={"study": plan.name})
 
 
 def catch_up(study: optuna.Study, plan: Plan, done: Iterable[Trial], unfinished: Iterable[Mapping[str, Any]]) -> None:

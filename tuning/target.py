@@ -11,7 +11,7 @@ from tuning import judge
 from tuning.budget import Budget
 from tuning.plan import WORDS, Plan
 from tuning.progress import Board
-from tuning.tracking import Run, Tracker, environment
+from tuning.tracking import Data, Run, Tracker, environment
 from wesam import Scores, load_domain
 
 
@@ -53,7 +53,13 @@ class Target:
             if self.before is None
             else tracker.reopen(self.before)
         )
+        self.run.use([self.data])
         return self.run
+
+    @property
+    def data(self) -> Data:
+        """As MLflow is told of it."""
+        return Data(self.name, self.domain.digest, self.given)
 
     @property
     def direct(self) -> Scores:

@@ -1,4 +1,5 @@
-"""MLflow: study > domain > trial as nested runs, through explicit run ids and never the global active run.
+"""MLflow: study > domain > trial as nested runs of one experiment per study, through explicit run ids and never the
+global active run.
 
 All writing is done in order by one thread of the driver: trials that end at once do not meet in SQLite, no trial waits
 for a slow server, and what a server that is down cannot take is kept until it can.
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunInfo, RunTag
 from mlflow.entities import Run as Stored
 from mlflow.exceptions import MlflowException, RestException
 
@@ -33,6 +34,8 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 Level = Literal["study", "domain", "trial"]
 
 EXPERIMENT = "wesam"
+"""What the experiments' names begin with, ``wesam/STUDY``; one of this very name has studies of earlier versions."""
+
 PARENT = "mlflow.parentRunId"
 ROLE = "wesam.role"
 """The tag of a trial that is none of the search's own."""
@@ -41,6 +44,20 @@ PATIENCE = 5.0
 
 TRIES = 4
 """Attempts to store artifacts; what else than a server that is away hinders it, nobody knows."""
+
+
+DIGEST = 36
+"""Characters of a data set's digest that MLflow takes."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """A domain, as MLflow is told of it."""
+
+    name: str
+    digest: str
+    source: str
+    """A built-in name, a folder or an address, as given."""
 
 
 class Tracker:
@@ -55,37 +72,57 @@ class Tracker:
         self._lock = threading.Lock()
         try:
             self.client = MlflowClient(uri, uri)
-            found = self.client.get_experiment_by_name(EXPERIMENT)
-            self._experiment = found.experiment_id if found else self._create_experiment()
+            self.client.search_experiments(max_results=1)
         except Exception as e:  # every store has errors of its own
             raise InputError(f"cannot reach MLflow at {uri}: {_first_line(e)}") from None
 
-    def _create_experiment(self) -> str:
-        path = sqlite_file(self.uri)
-        artifacts = (path.parent / "mlartifacts").as_uri() if path else None
-        return self.client.create_experiment(EXPERIMENT, artifact_location=artifacts)
+    def _experiment(self, name: str) -> str:
+        """The id of the experiment of this name, which is made if there is none."""
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            path = sqlite_file(self.uri)
+            artifacts = (path.parent / "mlartifacts").as_uri() if path else None
+            return str(self.client.create_experiment(name, artifact_location=artifacts))
+        if found.lifecycle_stage == "deleted":
+            raise InputError(f"MLflow's experiment {name!r} is deleted: give another --name, or restore it")
+        return str(found.experiment_id)
+
+    def _experiments(self) -> list[str]:
+        """The ids of all that studies are in."""
+        found: list[str] = []
+        token = None
+        while True:
+            page = self.client.search_experiments(filter_string=f"name LIKE '{EXPERIMENT}%'", page_token=token)
+            found += [e.experiment_id for e in page if e.name.split("/")[0] == EXPERIMENT]
+            token = page.token
+            if not token:
+                return found
 
     def later(self, write: Callable[[], T]) -> Future[T]:
         """Has the thread do this after all that it was given before; ``.result()`` waits for it."""
         return self._writer.submit(self._until_done, write)
 
     def start(self, name: str, level: Level, parent: Run | None, tags: Mapping[str, str]) -> Run:
-        """A new run of this name under its parent."""
-        tags = {"wesam.level": level, "wesam.name": name, **tags}
+        """A new run of this name under its parent; one without a parent gets an experiment of its own.
 
-        def create() -> str:
+        Raises InputError if that has been deleted.
+        """
+        tags = {"wesam.level": level, "wesam.name": name, **tags}
+        own = self._experiment(f"{EXPERIMENT}/{name}") if parent is None else ""
+
+        def create() -> RunInfo:
             nested = {PARENT: parent.id} if parent else {}
-            return str(self.client.create_run(self._experiment, tags={**tags, **nested}, run_name=name).info.run_id)
+            experiment = parent.info.experiment_id if parent else own
+            return self.client.create_run(experiment, tags={**tags, **nested}, run_name=name).info
 
         return self._opened(Run(self, name, self.later(create)))
 
     def reopen(self, run: Stored) -> Run:
         """A run of before, to be gone on with."""
-        run_id = str(run.info.run_id)
 
-        def update() -> str:
-            self.client.update_run(run_id, "RUNNING")
-            return run_id
+        def update() -> RunInfo:
+            self.client.update_run(run.info.run_id, "RUNNING")
+            return run.info
 
         return self._opened(Run(self, str(run.data.tags["wesam.name"]), self.later(update)))
 
@@ -93,14 +130,16 @@ class Tracker:
         """The runs at this level, oldest first."""
         wanted = {"wesam.level": level, PARENT: parent}
         query = " and ".join(f"tags.`{k}` = '{v}'" for k, v in wanted.items() if v is not None)
+        experiments = self._experiments()
         found: list[Stored] = []
         token = None
-        while True:
-            page = self.client.search_runs([self._experiment], query, order_by=["start_time ASC"], page_token=token)
+        while experiments:
+            page = self.client.search_runs(experiments, query, order_by=["start_time ASC"], page_token=token)
             found += page
             token = page.token
             if not token:
-                return found
+                break
+        return found
 
     def flush(self) -> None:
         """Waits until all that was given so far is written."""
@@ -156,13 +195,32 @@ class Tracker:
 class Run:
     """One run, open until :meth:`close`."""
 
-    def __init__(self, tracker: Tracker, name: str, created: Future[str]) -> None:
+    def __init__(self, tracker: Tracker, name: str, created: Future[RunInfo]) -> None:
         self._tracker, self.name, self._created = tracker, name, created
+        self.data: tuple[Data, ...] = ()
+        """What it is about; see :meth:`use`."""
+
+    @property
+    def info(self) -> RunInfo:
+        """What MLflow knows of the run itself; waits until it has been created."""
+        return self._created.result()
 
     @property
     def id(self) -> str:
         """The run's id; waits until MLflow has given it."""
-        return self._created.result()
+        return str(self.info.run_id)
+
+    def use(self, data: Iterable[Data]) -> None:
+        """Logs what it is about as MLflow's dataset inputs."""
+        self.data = tuple(data)
+        inputs = [
+            DatasetInput(
+                Dataset(d.name, d.digest[:DIGEST], "local", json.dumps({"uri": d.source})),
+                [InputTag("mlflow.data.context", "train, val, test")],
+            )
+            for d in self.data
+        ]
+        self._tracker.later(lambda: self._tracker.client.log_inputs(self.id, inputs))
 
     def log(
         self,

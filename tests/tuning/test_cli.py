@@ -65,9 +65,9 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process_and_the_study_can_g
     tune = [sys.executable, "-m", "tuning"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri}
     fixed = ["eval_every=1", "optim.batch_size=1", "lora.rank=1", "lora.targets=qkv"]
-    options = [part for f in fixed for part in ("--set", f)]
+    options = ["--seeds", "1", *(part for f in fixed for part in ("--set", f))]
     run = subprocess.Popen(
-        [*tune, "run", "--name", "s", "--domain", str(small), "--trials", "4", "--steps", "6", "--seeds", "1", *options],
+        [*tune, "run", "--name", "s", "--domain", str(small), "--trials", "4", "--steps", "6", *options],
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert run.stdout is not None
