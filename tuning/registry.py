@@ -267,7 +267,7 @@ def _about(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str]) 
         scores = dict(tracker.client.get_run(parent).data.metrics)
         trials = sum("wesam.role" not in r.data.tags for r in tracker.find("trial", parent=parent))
     scores |= {k: n for k, v in tags.items() if (n := _number(v)) is not None}
-    base = json.loads(tracker.files(run_id, ADAPTER)[CONFIG_FILE])["base_model_name_or_path"]
+    base = json.loads(tracker.files(run_id, _place(ADAPTER, domain, tags))[CONFIG_FILE])["base_model_name_or_path"]
     step = run.data.metrics.get("best_step")
     return About(
         domain=domain, run_id=run_id, tags=dict(tags), scores=scores, config=dict(run.data.params), base=base,
