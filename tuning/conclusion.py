@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tuning import joint, judge, registry
+from tuning import joint, judge, plots, registry
 from tuning.confirm import SEED, SUPERVISED, winner
 from tuning.plan import MARGIN
 from tuning.target import Context, Target
@@ -81,7 +81,7 @@ def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
     adapters = {t.run_id: c.tracker.files(t.run_id, folder) for t in verdict.tested}
     on_test = judge.judged(target.task, adapters)
     picture = judge.picture(target.task, adapters[chosen.run_id] if chosen else None)
-    target.run.attach(lambda: {PICTURE: picture})
+    target.run.attach(lambda: {PICTURE: picture, **_drawings(c, target, verdict)})
 
     test, direct = found["direct_test"], target.direct.value(plan.objective)
     repeated = verdict.again or ([best] if best else [])
@@ -141,6 +141,21 @@ def missing(wanted: int, found: Sequence[Trial], *, spent: bool) -> str:
         return f"; the budget was spent after {len(found)} of {wanted} trials, {cut} of them not at their last step"
     failed = wanted - len(found)
     return f"; {failed} of {wanted} trials failed" if failed else ""
+
+
+def _drawings(c: Context, target: Target, verdict: Verdict) -> dict[str, bytes]:
+    """Optimisation history, importances and hyperparameters against the score, as SVG, for MLflow's pages."""
+    direct = {target.name: target.direct}
+    alone = joint.score(c.plan, direct, direct)
+    ellipse = (
+        None if c.plan.joint else getattr(target.found.get("ellipse_val"), target.direct.name(c.plan.objective), None)
+    )
+    drawn = {
+        "history.svg": plots.by_trial(verdict.searched, alone, ellipse, joint.word(c.plan, direct)),
+        "importances.svg": plots.importances(verdict.searched, c.plan.space),
+        "hyperparameters.svg": plots.against_score(verdict.searched, c.plan.space),
+    }
+    return {name: svg.encode() for name, svg in drawn.items() if svg}
 
 
 def _unbeaten(verdict: Verdict) -> str:

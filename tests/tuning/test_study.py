@@ -79,6 +79,11 @@ def test_trials_of_one_worker_share_their_actors(small: Path, tmp_path: Path, tr
     check(plan, result, tracker, small, tmp_path)
     assert result["gap_between_trials"]["max"] < 2.0  # 0.1 on a machine with nothing else to do
 
+    kept = tracker.files(result["domains"][0]["run_id"], "")
+    assert kept["history.svg"].startswith(b"<svg")
+    assert kept["hyperparameters.svg"].startswith(b"<svg")
+    (stored,) = tracker.find("domain")
+    assert [i.dataset.name for i in stored.inputs.dataset_inputs] == ["small"]
     report.write(report.collect(tracker, "s"), tmp_path / "report")
     page = (tmp_path / "report" / report.PAGE).read_text()
     assert "data:image/png;base64" in page
