@@ -108,7 +108,7 @@ class DomainSearch(threading.Thread):
         tags = {ROLE: DIRECT, "wesam.trial": "0", "label": "Direct", "ended": "finished"}
         tags |= {**self._tags, "wesam.proposal": json.dumps(about)}
         zero = self._c.tracker.start(f"{self.name} Direct", "trial", run, tags)
-        zero.use(run.data)
+        zero.use(run.data, "val")
         zero.log(
             {**metrics, METRIC: score, "best_step": 0, "last_step": 0},
             params={**self._c.plan.base.flat(), "method": DIRECT},

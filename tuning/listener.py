@@ -107,7 +107,7 @@ class Listener(tune.Callback):
                 f"wesam.{k}": str(proposal[k]) for k in ("reference", "role") if k in proposal
             }
             run = self._tracker.start(f"{self._domain.name} {name}", "trial", self._domain, tags)
-            run.use(self._domain.data)
+            run.use(self._domain.data, "train, val")
             run.log(joint.metrics(self._direct), step=0, params=proposal["config"])
         steps = int(proposal["config"]["steps"])
         self._seen[trial_id] = seen = _Seen(name, run, proposal["label"], steps, **proposal.get("state", {}))

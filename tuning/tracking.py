@@ -210,13 +210,13 @@ class Run:
         """The run's id; waits until MLflow has given it."""
         return str(self.info.run_id)
 
-    def use(self, data: Iterable[Data]) -> None:
-        """Logs what it is about as MLflow's dataset inputs."""
+    def use(self, data: Iterable[Data], splits: str = "train, val, test") -> None:
+        """Logs what it is about, and which splits it sees, as MLflow's dataset inputs."""
         self.data = tuple(data)
         inputs = [
             DatasetInput(
                 Dataset(d.name, d.digest[:DIGEST], "local", json.dumps({"uri": d.source})),
-                [InputTag("mlflow.data.context", "train, val, test")],
+                [InputTag("mlflow.data.context", splits)],
             )
             for d in self.data
         ]

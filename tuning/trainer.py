@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.fs
 import ray.train
 import torch
@@ -105,7 +106,7 @@ def drive(trial: Mapping[str, Any], resume: Path | None, send: Send) -> None:
             reports, step = dict(zip(direct, turn, strict=True)), turn[0].step
             score = joint.score(plan, now, direct)
             best = max(best, score)
-            measured = {**joint.metrics(now), **sums.metrics(config), **_memory(sam)}
+            measured = {**joint.metrics(now), **sums.metrics(config), **_machine(sam)}
             measured["adapter_mb"] = sum(p.numel() * p.element_size() for p in turn[0].model.trainable()) / 1e6
             result = {"step": step, "last": step == turn[0].steps, METRIC: best, "metrics": measured}
             result |= {"size": measured["adapter_mb"], "seconds": measured["seconds_per_step"]}
@@ -150,9 +151,17 @@ class _Sums:
         }  # fmt: skip
 
 
-def _memory(sam: Sam) -> dict[str, float]:
-    on_gpu = sam.pixel_mean.device.type == "cuda"
-    return {"gpu_gb": torch.cuda.max_memory_allocated() / 1e9} if on_gpu else {}
+def _machine(sam: Sam) -> dict[str, float]:
+    """How busy the worker's machine is, under MLflow's own names for its tab of system metrics; and this GPU's memory."""
+    memory = psutil.virtual_memory()
+    found = {
+        "system/cpu_utilization_percentage": psutil.cpu_percent(),  # since the last evaluation
+        "system/system_memory_usage_megabytes": memory.used / 1e6,
+        "system/system_memory_usage_percentage": memory.percent,
+    }
+    if sam.pixel_mean.device.type == "cuda":
+        found["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
+    return found
 
 
 def one_worker(config: Result) -> None:
