@@ -152,7 +152,7 @@ class _Sums:
 
 
 def _machine(sam: Sam) -> dict[str, float]:
-    """How busy the worker's machine is, under MLflow's own names for its tab of system metrics; and this GPU's memory."""
+    """How busy the worker's machine is, as MLflow's tab of system metrics has it; and the memory of its GPU."""
     memory = psutil.virtual_memory()
     found = {
         "system/cpu_utilization_percentage": psutil.cpu_percent(),  # since the last evaluation
