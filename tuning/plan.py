@@ -45,10 +45,10 @@ DEMO: dict[str, Any] = {
     "prompt": "box",
     "trials": 8,
     "steps": 32,
-    "seeds": 2,
+    "seeds": 1,
     "set": {"eval_every": 8, "optim.batch_size": 2},
 }
-"""The study of ``--demo``: about seven minutes on two cores."""
+"""The study of ``--demo``: about ten minutes on two cores."""
 
 KEYS = {
     "name": str, "domains": list, "data": str, "model": str, "prompt": str, "trials": int, "steps": int, "workers": int,
