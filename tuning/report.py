@@ -233,9 +233,8 @@ def _cost(part: Part, plan: Plan) -> str:
         f"{cost['steps']} optimisation steps"
     )
     if plan.scheduler != "none":
-        return (
-            f"{said}, {share(cost['steps'] / cost['full_steps'])} of the {cost['full_steps']} without early stopping."
-        )
+        full = cost["full_steps"]
+        return f"{said}, {share(cost['steps'] / full)} of the {full} that all its trials to their ends would take."
     left = replay(plan, part.past)
     best = max(t.best for t in part.trials)
     return (
