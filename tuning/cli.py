@@ -186,12 +186,13 @@ def _study(args: argparse.Namespace, run: Callable[[Any, Any], dict[str, Any]]) 
 
 def summary(result: dict[str, Any]) -> str:
     """A study's result in words: the table of test scores, and what became of each domain's best adapter."""
-    from tuning.report import share, spread
+    from tuning.card import score
+    from tuning.report import share
 
     rows = [
         {
             "domain": r["domain"],
-            **{title: spread(r.get(key), r.get(f"{key}_sd")) for key, title in COLUMNS.items()},
+            **{title: score(r.get(key), r.get(f"{key}_sd")) for key, title in COLUMNS.items()},
             "gap closed": share(r.get("gap_closed")),
         }
         for r in result["domains"]

@@ -30,8 +30,6 @@ class Verdict:
     """The trial with the best score, if that is above Direct's."""
     again: list[Trial]
     """Its configuration with other seeds."""
-    score: float
-    """Of that configuration: over these seeds if there are any; Direct's if there is no best."""
     beaten: bool
     """Whether Direct is: by the best trial, and by what it has come to with other seeds."""
     supervised: list[Trial]
@@ -72,12 +70,12 @@ def _verdict(tracker: Tracker, parent: str, direct: float) -> Verdict:
     best = next((t for t in searched if t.number == number), None)
     again = [t for t in trials(tracker, parent, SEED) if best and t.of == best.number]
     score = statistics.mean(t.best for t in again or [best]) if best else direct
-    return Verdict(searched, best, again, score, score > direct + MARGIN, trials(tracker, parent, SUPERVISED))
+    return Verdict(searched, best, again, score > direct + MARGIN, trials(tracker, parent, SUPERVISED))
 
 
 def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
     plan, found, chosen, paper, best = c.plan, target.found, verdict.chosen, verdict.paper, verdict.best
-    folder = f"adapter/{target.name}" if plan.joint else "adapter"
+    folder = registry.place_of(registry.ADAPTER, target.name, plan.joint)
     adapters = {t.run_id: c.tracker.files(t.run_id, folder) for t in verdict.tested}
     on_test = judge.judged(target.task, adapters)
     picture = judge.picture(target.task, adapters[chosen.run_id] if chosen else None)

@@ -38,8 +38,8 @@ class Confirmation:
         """
         self._plan, self._direct, self._done = plan, direct, set(done)
         self._found = dict(found)
-        self._supervised = [self._proposal(SUPERVISED, s, None) for s in self._seeds()] if supervised else []
-        self._supervised = [p for p in self._supervised if (SUPERVISED, p["number"], None) not in self._done]
+        seeds = [s for s in self._seeds() if (SUPERVISED, s, None) not in self._done] if supervised else []
+        self._supervised = [self._proposal(SUPERVISED, s, None) for s in seeds]
 
     @property
     def most(self) -> int:

@@ -40,10 +40,7 @@ class DomainSearch(threading.Thread):
         """
         super().__init__(name=name, daemon=True)
         self._c, self._study, self._before = context, study, before.get(name)
-        targets = [Target(context, given, None) for given in domains]
-        for target in targets:
-            target.before = before.get(target.name)
-        self._targets = targets
+        self._targets = targets = [Target(context, given, before) for given in domains]
         self._tags = {
             **targets[0].tags,
             "domain": ", ".join(t.given for t in targets),

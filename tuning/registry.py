@@ -21,7 +21,7 @@ from mlflow.exceptions import MlflowException
 from tuning import DEFAULT_URI, URI_VARIABLE
 from tuning.card import About, card, judged_by, score, summary
 from tuning.plan import WORDS
-from tuning.tracking import PARENT, Tracker, sqlite_file
+from tuning.tracking import PARENT, ROLE, Tracker, sqlite_file
 from wesam import AdaptedSam, load_sam
 from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE, made_for
 from wesam.errors import InputError, unknown
@@ -217,18 +217,18 @@ def _version_of(tracker: Tracker, name: str, run_id: str) -> int | None:
     return min((int(v.version) for v in found), default=None)
 
 
-def _place(artifact: str, domain: str, tags: Mapping[str, str]) -> str:
+def place_of(artifact: str, domain: str, joint: str | None) -> str:
     """Where a run has it; that of a joint study has one for each domain."""
-    return f"{artifact}/{domain}" if tags.get("joint") else artifact
+    return f"{artifact}/{domain}" if joint else artifact
 
 
 def _register(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str], told: str, short: str) -> int:
     """told, short: the card, and its summary."""
-    client, name, place = tracker.client, PREFIX + domain, _place(MODEL, domain, tags)
+    client, name, place = tracker.client, PREFIX + domain, place_of(MODEL, domain, tags.get("joint"))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / MODEL
         (adapter := Path(folder) / ADAPTER).mkdir()
-        for file, contents in tracker.files(run_id, _place(ADAPTER, domain, tags)).items():
+        for file, contents in tracker.files(run_id, place_of(ADAPTER, domain, tags.get("joint"))).items():
             (adapter / file).write_bytes(contents)
         package(adapter, out)
         (out / CARD).write_text(told)
@@ -265,9 +265,11 @@ def _about(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str]) 
     trials = 0
     if parent:
         scores = dict(tracker.client.get_run(parent).data.metrics)
-        trials = sum("wesam.role" not in r.data.tags for r in tracker.find("trial", parent=parent))
+        trials = sum(ROLE not in r.data.tags for r in tracker.find("trial", parent=parent))
     scores |= {k: n for k, v in tags.items() if (n := _number(v)) is not None}
-    base = json.loads(tracker.files(run_id, _place(ADAPTER, domain, tags))[CONFIG_FILE])["base_model_name_or_path"]
+    base = json.loads(tracker.files(run_id, place_of(ADAPTER, domain, tags.get("joint")))[CONFIG_FILE])[
+        "base_model_name_or_path"
+    ]
     step = run.data.metrics.get("best_step")
     return About(
         domain=domain, run_id=run_id, tags=dict(tags), scores=scores, config=dict(run.data.params), base=base,
@@ -277,8 +279,8 @@ def _about(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str]) 
 
 def _files(tracker: Tracker, entry: Entry, config: Mapping[str, Any]) -> dict[str, bytes]:
     """What is fetched of a champion."""
-    found = tracker.files(entry.run_id, _place(ADAPTER, entry.domain, entry.tags))
-    place = _place(MODEL, entry.domain, entry.tags)
+    found = tracker.files(entry.run_id, place_of(ADAPTER, entry.domain, entry.tags.get("joint")))
+    place = place_of(MODEL, entry.domain, entry.tags.get("joint"))
     settings = json.dumps(config, indent=2, sort_keys=True) + "\n"
     return {**found, SETTINGS: settings.encode(), CARD: tracker.files(entry.run_id, place)[CARD]}
 

@@ -13,6 +13,7 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from tuning import joint, plots
+from tuning.card import score
 from tuning.conclusion import PICTURE, RESULT
 from tuning.domain import past
 from tuning.listener import ENDED
@@ -86,8 +87,8 @@ def collect(tracker: Tracker, name: str) -> Collected:
 def _part(tracker: Tracker, row: dict[str, Any]) -> Part:
     found = trials(tracker, row["trials_of"])
 
-    def curve(trial: Trial, score: str) -> plots.Curve:
-        name = joint.metric(f"val_{score}", row["domain"]) if row["joint"] else f"val_{score}"
+    def curve(trial: Trial, called: str) -> plots.Curve:
+        name = joint.metric(f"val_{called}", row["domain"]) if row["joint"] else f"val_{called}"
         return sorted((m.step, m.value) for m in tracker.client.get_metric_history(trial.run_id, name))
 
     curves = {t.number: curve(t, row["val"]["score"]) for t in found}
@@ -101,7 +102,7 @@ def _part(tracker: Tracker, row: dict[str, Any]) -> Part:
 def _pairs(scores: plots.Curve, mious: plots.Curve) -> list[tuple[float, float]]:
     """Both scores of each evaluation that has both; the first is Direct's, at step 0."""
     known = dict(mious)
-    return [(score, known[step]) for step, score in scores if step in known]
+    return [(value, known[step]) for step, value in scores if step in known]
 
 
 def write(found: Collected, out: Path) -> None:
@@ -122,24 +123,18 @@ def _cells(found: Collected) -> list[list[str]]:
     rows = []
     for part in found.parts:
         for split, scores in (("test", part.row), ("val", part.row["val"])):
-            cells = [spread(scores.get(k), scores.get(f"{k}_sd")) for k in COLUMNS]
+            cells = [score(scores.get(k), scores.get(f"{k}_sd")) for k in COLUMNS]
             rows.append([part.row["domain"], split, WORDS[scores["score"]], *cells, share(scores.get("gap_closed"))])
     return rows
 
 
-def spread(mean: float | None, deviation: float | None = None) -> str:
-    """A score, and its standard deviation over seeds where that is known."""
-    return "-" if mean is None else f"{mean:.3f}" + (f" ± {deviation:.3f}" if deviation is not None else "")
-
-
-def share(closed: float | None) -> str:
-    """A share of the gap between Direct and Supervised, in per cent."""
-    return "-" if closed is None else f"{100 * closed:.0f} %"
+def share(part: float | None) -> str:
+    """A share in per cent."""
+    return "-" if part is None else f"{100 * part:.0f} %"
 
 
 def _markdown(found: Collected) -> str:
-    head = HEAD
-    lines = [" | ".join(r) for r in (head, ["---"] * len(head), *_cells(found))]
+    lines = [" | ".join(r) for r in (HEAD, ["---"] * len(HEAD), *_cells(found))]
     told = [f"- {p.row['domain']}: {p.row['outcome']}" for p in found.parts]
     told += [f"- {p.row['domain']}: {text}" for p in found.parts for text in _told(p, found.plan)]
     return f"# Study {found.result['study']}\n\n{_about(found)}\n\n" + "\n".join(
@@ -170,9 +165,8 @@ code { background: #f3f3f3; padding: 0 .3em } small { color: #666 }
 
 def _page(found: Collected) -> str:
     name = escape(found.result["study"])
-    head = HEAD
     failed = [r for r in found.result["domains"] if "error" in r]
-    body = [f"<h1>Study {name}</h1><p>{escape(_about(found))}</p>", _table(head, _cells(found))]
+    body = [f"<h1>Study {name}</h1><p>{escape(_about(found))}</p>", _table(HEAD, _cells(found))]
     body += [f"<p><b>{escape(r['domain'])}</b> failed: {escape(r['error'])}</p>" for r in failed]
     body += [_domain(p, found.plan) for p in found.parts]
     versions = ", ".join(f"{k.removeprefix('version.')} {v}" for k, v in sorted(found.tags.items()) if "version." in k)
@@ -288,9 +282,7 @@ def _trials(part: Part, plan: Plan) -> str:
     for t in sorted(part.trials, key=lambda t: -t.best):
         named = t.label if t.reference or t.label.startswith("best of ") else ""
         note = ", ".join(n for n in (named, ENDED.get(t.ended, "")) if n)
-        rows.append(
-            [str(t.number), _number(t.best), str(t.best_step), note, *(_short(t.config[p]) for p in plan.space)]
-        )
+        rows.append([str(t.number), score(t.best), str(t.best_step), note, *(_short(t.config[p]) for p in plan.space)])
     return f"<details><summary>all trials</summary>{_table(head, rows)}</details>"
 
 
@@ -298,10 +290,6 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     cells = "".join(f"<th>{escape(h)}</th>" for h in head)
     lines = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in r)}</tr>" for r in rows)
     return f"<table><tr>{cells}</tr>{lines}</table>"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
 
 
 def _short(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from mlflow.entities import Run as Stored
@@ -32,11 +33,12 @@ class Context:
 class Target:
     """A domain that is searched, alone or jointly with others."""
 
-    def __init__(self, context: Context, given: str, before: Stored | None) -> None:
-        """before: the domain's run, if it has been begun already."""
-        self._c, self.given, self.before = context, given, before
+    def __init__(self, context: Context, given: str, before: Mapping[str, Stored]) -> None:
+        """before: the runs of domains that have been begun already, by name."""
+        self._c, self.given = context, given
         self.domain = load_domain(given)
         self.name = self.domain.name
+        self.before = before.get(self.name)
         self.task = judge.Task(context.plan.model, given, context.plan.base)
         self.tags = {
             **study_tags(context.plan), "domain": given, "data": self.domain.digest,
