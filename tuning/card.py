@@ -124,7 +124,7 @@ def card(about: About) -> str:
 
 {_table(("", WORDS[name]), rows)}
 
-{_gap(s)}{spread}
+{_gap(s)}{spread}{_own(s, count)}
 
 ## How it was chosen
 
@@ -167,6 +167,16 @@ def _shown(crop: str) -> str:
     if not float(crop):
         return "the whole image"
     return f"a square around each prompt, {float(crop):g} times as long (crop {float(crop):g})"
+
+
+def _own(scores: Mapping[str, float], seeds: int) -> str:
+    """What sets the adapter itself apart from its configuration, whose scores are shown."""
+    if not seeds or "adapter_test" not in scores:
+        return ""
+    again = "another seed" if seeds == 1 else f"{seeds} other seeds"
+    return f" Its scores are those of its configuration, trained again with {again}; the adapter itself has " + (
+        f"{scores['adapter_test']:.3f}."
+    )
 
 
 def _gap(scores: Mapping[str, float]) -> str:

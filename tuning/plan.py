@@ -48,7 +48,7 @@ DEMO: dict[str, Any] = {
     "seeds": 1,
     "set": {"eval_every": 8, "optim.batch_size": 2},
 }
-"""The study of ``--demo``: about ten minutes on two cores."""
+"""The study of ``--demo``: 10 to 15 minutes on two cores."""
 
 KEYS = {
     "name": str, "domains": list, "data": str, "model": str, "prompt": str, "trials": int, "steps": int, "workers": int,

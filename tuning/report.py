@@ -152,6 +152,8 @@ def _about(found: Collected) -> str:
     seeds = r.get("seeds", 0)
     if not seeds:
         return text
+    if seeds == 1:
+        return f"{text} Best found and Supervised on test: with another seed than the search's."
     return f"{text} Best found and Supervised on test: mean and standard deviation over {seeds} other seeds."
 
 

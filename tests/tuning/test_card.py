@@ -60,5 +60,10 @@ def test_what_is_not_known_is_not_said() -> None:
     assert "--point X,Y" in told
 
 
+def test_the_adapter_itself_is_told_apart_from_its_configuration_trained_again() -> None:
+    assert "with 3 other seeds; the adapter itself has 0.720." in card(about(scores={**SCORES, "adapter_test": 0.72}))
+    assert "the adapter itself" not in card(about())
+
+
 def test_seeds_may_be_listed() -> None:
     assert "over 2 training seeds" in card(about(tags={**TAGS, "test_seeds": "[0.69, 0.71]"}))
