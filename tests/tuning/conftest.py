@@ -1,8 +1,16 @@
-"""A small domain in a folder, one Ray for the whole session, an MLflow database for each test."""
+"""A small domain in a folder, one Ray for the whole session, an MLflow database for each test, a server on demand."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +20,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 import tuning.runtime
+import wesam
 from tuning.tracking import Tracker
 from wesam.data import load_domain
 
@@ -69,3 +78,33 @@ def tracker(uri: str) -> Iterator[Tracker]:
     tracker = Tracker(uri)
     yield tracker
     tracker.close()
+
+
+@contextlib.contextmanager
+def served(arguments: list[str], alive: str, folder: Path, **environment: str) -> Iterator[str]:
+    """The address of a server of MLflow's on a free port, which answers at the path ``alive``."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {
+        **os.environ, "PYTHONPATH": str(Path(wesam.__file__).parents[1]),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **environment,
+    }  # fmt: skip
+    command = [sys.executable, "-m", "mlflow", *arguments, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(
+            command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder
+        )
+        try:
+            deadline = time.monotonic() + 180
+            while True:
+                assert server.poll() is None, (folder / "log").read_text()
+                assert time.monotonic() < deadline, (folder / "log").read_text()
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/{alive}", timeout=5).close()
+                    break
+                time.sleep(0.5)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            server.wait(timeout=60)

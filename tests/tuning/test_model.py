@@ -5,11 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -24,6 +19,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 import wesam
+from tests.tuning.conftest import served
 from tests.tuning.test_registry import SAME, adapter
 from tuning import registry
 from tuning.tracking import Tracker
@@ -140,30 +136,8 @@ def test_the_champion_is_served_over_http(folder: Path, tracker: Tracker, tmp_pa
     run = tracker.start("t", "trial", None, {})
     run.attach(lambda: {f.name: f.read_bytes() for f in folder.iterdir()}, "adapter")
     registry.promote(tracker, "d", run.id, {**SAME, "test_miou": "0.5"})
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/wesam-d@champion"]
-    environment = {
-        **os.environ, "MLFLOW_TRACKING_URI": tracker.uri, "PYTHONPATH": str(Path(wesam.__file__).parents[1]),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }  # fmt: skip
-    log = (tmp_path / "log").open("w")
-    server = subprocess.Popen(
-        [*command, "--env-manager", "local", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"],
-        env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=tmp_path,
-    )  # fmt: skip
-    address = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 180
-        while True:
-            assert server.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-            try:
-                urllib.request.urlopen(f"{address}/ping", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.5)
+    command = ["models", "serve", "-m", "models:/wesam-d@champion", "--env-manager", "local"]
+    with served(command, "ping", tmp_path, MLFLOW_TRACKING_URI=tracker.uri) as address:
 
         def ask(given: dict[str, Any]) -> Any:
             head = {"Content-Type": "application/json"}
@@ -178,7 +152,3 @@ def test_the_champion_is_served_over_http(folder: Path, tracker: Tracker, tmp_pa
         with pytest.raises(urllib.error.HTTPError) as e:
             ask(sent(boxes=[[5, 5, 5, 9]]))
         assert e.value.code == 400
-    finally:
-        os.killpg(server.pid, 15)
-        server.wait(timeout=60)
-        log.close()
