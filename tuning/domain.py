@@ -21,7 +21,7 @@ from tuning.sampler import catch_up, enqueue
 from tuning.schedulers import Stopping, make_scheduler
 from tuning.search import Search
 from tuning.target import Context, Target
-from tuning.tracking import ROLE, Run, Tracker, Trial, trials
+from tuning.tracking import ROLE, Run, Tracker, Trial, trials, trials_by_role
 from tuning.trainer import KEEP, METRIC, Setting, one_worker, several_workers
 from wesam import Config
 
@@ -116,12 +116,13 @@ class DomainSearch(threading.Thread):
         plan, c = self._c.plan, self._c
         direct = {t.name: t.direct for t in self._targets}
         start = joint.score(plan, direct, direct)
-        done = trials(c.tracker, run.id)
+        before = trials_by_role(c.tracker, run.id)
+        done = before[None]
         unfinished = [] if self._before is None else _unfinished(c.tracker, run.id)
         going_on = [p for p in unfinished if "role" not in p]
         taken = {t.number for t in done} | {p["number"] for p in going_on}
         left = [n for n in range(1, plan.trials + 1) if n not in taken]
-        again = [(role, t.number, t.of) for role in (SEED, SUPERVISED) for t in trials(c.tracker, run.id, role)]
+        again = [(role, t.number, t.of) for role in (SEED, SUPERVISED) for t in before[role]]
         confirmation = Confirmation(
             plan, start, {t.number: (t.best, t.flat()) for t in done},
             again + [(p["role"], p["number"], p.get("of")) for p in unfinished if "role" in p],

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from mlflow.entities import Run as Stored
 from mlflow.exceptions import MlflowException, RestException
 
 from wesam.config import Config, Value
+from wesam.data import NOTES, parted
+from wesam.data.files import is_address
+from wesam.data.folders import parse_cut
 from wesam.errors import InputError
 
 T = TypeVar("T")
@@ -58,6 +62,18 @@ class Data:
     digest: str
     source: str
     """A built-in name, a folder or an address, as given."""
+
+    def place(self) -> tuple[str, str]:
+        """The type of the source and the source itself, as MLflow has them."""
+        place = parse_cut(parted(self.source)[0])[0]
+        if place in NOTES:
+            return "code", json.dumps({"tags": {"mlflow.source.name": self.source}})
+        if not is_address(place):
+            return "local", json.dumps({"uri": self.source})
+        kind = place.partition("://")[0]
+        if kind in ("http", "https"):
+            return "http", json.dumps({"url": self.source})
+        return kind, json.dumps({"uri": self.source})
 
 
 class Tracker:
@@ -108,7 +124,7 @@ class Tracker:
         Raises InputError if that has been deleted.
         """
         tags = {"wesam.level": level, "wesam.name": name, **tags}
-        own = self._experiment(f"{EXPERIMENT}/{name}") if parent is None else ""
+        own = self.later(lambda: self._experiment(f"{EXPERIMENT}/{name}")).result() if parent is None else ""
 
         def create() -> RunInfo:
             nested = {PARENT: parent.id} if parent else {}
@@ -130,6 +146,9 @@ class Tracker:
         """The runs at this level, oldest first."""
         wanted = {"wesam.level": level, PARENT: parent}
         query = " and ".join(f"tags.`{k}` = '{v}'" for k, v in wanted.items() if v is not None)
+        return self._until_done(lambda: self._search(query))
+
+    def _search(self, query: str) -> list[Stored]:
         experiments = self._experiments()
         found: list[Stored] = []
         token = None
@@ -179,6 +198,8 @@ class Tracker:
         while True:
             try:
                 return write()
+            except InputError:
+                raise
             except Exception as e:  # a store of artifacts has exceptions of its own
                 tries += 1
                 refused = isinstance(e, MlflowException) and not _unreachable(e)
@@ -215,7 +236,7 @@ class Run:
         self.data = tuple(data)
         inputs = [
             DatasetInput(
-                Dataset(d.name, d.digest[:DIGEST], "local", json.dumps({"uri": d.source})),
+                Dataset(d.name, d.digest[:DIGEST], *d.place()),
                 [InputTag("mlflow.data.context", splits)],
             )
             for d in self.data
@@ -301,12 +322,17 @@ class Trial:
 
 def trials(tracker: Tracker, domain_run: str, role: str | None = None) -> list[Trial]:
     """The finished trials of a domain that have an adapter, in order: the search's own, or those of another role."""
-    found = []
+    return trials_by_role(tracker, domain_run)[role]
+
+
+def trials_by_role(tracker: Tracker, domain_run: str) -> Mapping[str | None, list[Trial]]:
+    """The finished trials of a domain that have an adapter, in order, by role; None: the search's own."""
+    found: dict[str | None, list[Trial]] = defaultdict(list)
     for run in tracker.find("trial", parent=domain_run):
         tags, metrics = run.data.tags, run.data.metrics
-        if run.info.status == "FINISHED" and "best_step" in metrics and tags.get(ROLE) == role:
+        if run.info.status == "FINISHED" and "best_step" in metrics:
             proposal = json.loads(tags["wesam.proposal"])
-            found.append(
+            found[tags.get(ROLE)].append(
                 Trial(
                     number=int(tags["wesam.trial"]),
                     run_id=run.info.run_id,
@@ -323,7 +349,9 @@ def trials(tracker: Tracker, domain_run: str, role: str | None = None) -> list[T
                     of=proposal.get("of"),
                 )
             )
-    return sorted(found, key=lambda t: t.number)
+    for role in found.values():
+        role.sort(key=lambda t: t.number)
+    return found
 
 
 @lru_cache

@@ -5,14 +5,16 @@ from __future__ import annotations
 import ast
 import time
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
 
 import tuning
 from tuning import tracking
-from tuning.tracking import Tracker
+from tuning.tracking import Data, Tracker
 from wesam.errors import InputError
 
 
@@ -74,3 +76,48 @@ def test_a_server_that_is_away_for_a_while_loses_nothing(
     assert tracker.later(lambda: "after it").result() == "after it"
     assert first.result() == "written"
     assert capsys.readouterr().err.count("waiting for it") == 1
+
+
+def test_a_server_that_is_away_when_a_study_begins_is_waited_for(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "PATIENCE", 0.01)
+    failures = [MlflowException("API request to http://x failed with exception y")] * 2
+
+    def away(method: str) -> None:
+        answer = getattr(MlflowClient, method)
+
+        def call(self: MlflowClient, *given: Any, **options: Any) -> Any:
+            if failures:
+                raise failures.pop()
+            return answer(self, *given, **options)
+
+        monkeypatch.setattr(MlflowClient, method, call)
+
+    away("get_experiment_by_name")
+    away("search_experiments")
+    run = tracker.start("s", "study", None, {})
+    failures.append(MlflowException("API request to http://x failed with exception y"))
+    assert [r.info.run_id for r in tracker.find("study")] == [run.id]
+    run.close()
+    tracker.client.delete_experiment(run.info.experiment_id)
+    with pytest.raises(InputError, match="is deleted"):
+        tracker.start("s", "study", None, {})
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "loaded"),
+    [
+        ("clean+fog:3", "code", {"tags": {"mlflow.source.name": "clean+fog:3"}}),
+        ("/data/cells@70/20/10", "local", {"uri": "/data/cells@70/20/10"}),
+        ("https://host/cells", "http", {"url": "https://host/cells"}),
+        ("s3://bucket/cells", "s3", {"uri": "s3://bucket/cells"}),
+    ],
+)
+def test_mlflow_is_told_where_data_come_from(given: str, kind: str, loaded: dict[str, Any], tracker: Tracker) -> None:
+    run = tracker.start("s", "study", None, {})
+    run.use([Data("d", "0", given)])
+    tracker.flush()
+    (found,) = tracker.client.get_run(run.id).inputs.dataset_inputs
+    source = mlflow.data.get_source(found.dataset)
+    assert (source._get_source_type(), source.to_dict()) == (kind, loaded)
