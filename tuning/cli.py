@@ -104,6 +104,7 @@ def _parser() -> Parser:
     p = command("resume", _resume, "Go on with a study that was stopped, or enlarge it.")
     p.add_argument("name", metavar="NAME", help="the study's name")
     budget(p, "trials per domain (default: as before)")
+    p.add_argument("--optuna", metavar="URL", help="as before, where it has a password, which MLflow is not told")
     _json(p)
 
     p = command("best", _best, "Fetch a domain's best adapter, or list all.")
@@ -150,7 +151,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _resume(args: argparse.Namespace) -> None:
     budget = {k: getattr(args, k) for k in BUDGET if getattr(args, k) is not None}
-    _study(args, lambda study, tracker: study.resume_study(args.name, tracker, budget))
+    _study(args, lambda study, tracker: study.resume_study(args.name, tracker, budget, args.optuna or ""))
 
 
 def _study(args: argparse.Namespace, run: Callable[[Any, Any], dict[str, Any]]) -> None:
@@ -232,7 +233,11 @@ def _best(args: argparse.Namespace) -> None:
     if args.out:
         t = entry.tags
         before = ", in place of the one that was there" if again else ""
-        print(f"adapter, {registry.SETTINGS} and its card, {registry.CARD}, in {args.out}{before}; go on with:")
+        card = f" and its card, {registry.CARD}"
+        if not (args.out / registry.CARD).is_file():
+            print(f"an older version has registered it, without a card: there is no {registry.CARD}")
+            card = ""
+        print(f"adapter, {registry.SETTINGS}{card}, in {args.out}{before}; go on with:")
         common = f"--adapter {args.out}" + ("" if t["model"] in model_names() else f" --model {t['model']}")
         data = f"--domain {t['domain']} --prompt {t.get('val_prompt', t['prompt'])} --split test"
         print(f"  {program('wesam')} evaluate {data} {common}")

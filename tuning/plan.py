@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -70,6 +70,9 @@ BUDGET = ("trials", "hours", "gpu_hours")
 
 _NAMED: dict[str, Any] = {"sampler": Sampler, "scheduler": Scheduler, "objective": Objective, "joint": Joint}
 """Keys with one of a few words."""
+
+HIDDEN = "***"
+"""What stands for a password."""
 
 WORD = r"[\w.+-]{1,100}"
 """What names runs, registered models and folders."""
@@ -171,21 +174,28 @@ class Plan:
 
     def differs(self, other: Plan) -> str | None:
         """The first thing that the plans do not share, apart from how long to search."""
+        mine, others = (replace(p, optuna=shown(p.optuna)) for p in (self, other))
         names = (f.name for f in dataclasses.fields(self) if f.name not in BUDGET)
-        return next((n for n in names if getattr(self, n) != getattr(other, n)), None)
+        return next((n for n in names if getattr(mine, n) != getattr(others, n)), None)
 
     def to_json(self) -> str:
-        """Everything, as text that :meth:`from_json` reads."""
-        plain = {"base": self.base.flat(), "space": space_to_dict(self.space)}
+        """Everything but the password of the Optuna database, as text that :meth:`from_json` reads."""
+        plain = {"base": self.base.flat(), "space": space_to_dict(self.space), "optuna": shown(self.optuna)}
         return json.dumps({**vars(self), **plain}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan that :meth:`to_json` wrote."""
+        """The plan that :meth:`to_json` wrote; the address of its Optuna database may lack the password."""
         found = json.loads(text)
         found |= {"base": Config().replace(found["base"]), "space": space_from_dict(found["space"])}
         found |= {k: tuple(found[k]) for k in ("domains", "minimize")}
         return cls(**{**found, "warm": tuple((source, point) for source, point in found["warm"])})
+
+
+def shown(url: str) -> str:
+    """The address without its password."""
+    without = re.sub(r"(://[^:/@]*):[^@]*@", rf"\1:{HIDDEN}@", url)
+    return re.sub(r"([?&]password=)[^&]*", rf"\1{HIDDEN}", without)
 
 
 class _Loader(yaml.SafeLoader):

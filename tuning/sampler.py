@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -14,7 +13,7 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState, create_trial
 
-from tuning.plan import Plan
+from tuning.plan import Plan, shown
 from tuning.space import Axis, Space, space_to_dict
 from tuning.tracking import Trial
 from wesam.config import Value
@@ -39,11 +38,6 @@ def open_storage(url: str) -> RDBStorage:
     except Exception as e:  # every database has errors of its own
         why = (str(e).strip().splitlines() or [type(e).__name__])[0].replace(url, shown(url))
         raise InputError(f"cannot reach the Optuna storage {shown(url)}: {why[:200]}") from None
-
-
-def shown(url: str) -> str:
-    """The address without its password."""
-    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", url)
 
 
 def open_study(plan: Plan, domain: str, storage: RDBStorage) -> optuna.Study:

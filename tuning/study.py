@@ -20,7 +20,7 @@ from tuning.budget import Budget
 from tuning.conclusion import RESULT
 from tuning.domain import DomainSearch
 from tuning.joint import JOINT
-from tuning.plan import BUDGET, Plan
+from tuning.plan import BUDGET, HIDDEN, Plan, shown
 from tuning.progress import Board
 from tuning.sampler import open_storage, open_study
 from tuning.target import Context, study_tags
@@ -53,17 +53,26 @@ def new_study(plan: Plan, tracker: Tracker, *, rename: bool = False) -> dict[str
     before = _plan(tracker, stored)
     if differs := plan.differs(before):
         raise InputError(f"there is a study {plan.name!r} with another {differs} at {tracker.uri}: give another --name")
-    return _go_on(replace(before, **{k: getattr(plan, k) for k in BUDGET}), before, tracker, stored)
+    same = {k: getattr(plan, k) for k in (*BUDGET, "optuna")}
+    return _go_on(replace(before, **same), before, tracker, stored)
 
 
-def resume_study(name: str, tracker: Tracker, budget: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def resume_study(
+    name: str, tracker: Tracker, budget: Mapping[str, Any] | None = None, optuna: str = ""
+) -> dict[str, Any]:
     """Goes on with a study: finished trials count, domains that are done are left as they are unless it is enlarged.
 
-    budget: what to change of :data:`tuning.plan.BUDGET`.
+    budget: what to change of :data:`tuning.plan.BUDGET`. optuna: the URL of its Optuna studies, which is needed if it
+    has a password: MLflow is not told that.
     """
     stored = find_study(name, tracker)
     before = _plan(tracker, stored)
-    return _go_on(replace(before, **(budget or {})), before, tracker, stored)
+    plan = replace(before, **(budget or {}), optuna=optuna or before.optuna)
+    if differs := plan.differs(before):
+        raise InputError(f"the study {name!r} has another {differs}: {shown(before.optuna) or 'a file in runs'}")
+    if HIDDEN in plan.optuna:
+        raise InputError(f"the Optuna studies of {name!r} are at {plan.optuna}: give --optuna URL with its password")
+    return _go_on(plan, before, tracker, stored)
 
 
 def _go_on(plan: Plan, before: Plan, tracker: Tracker, stored: Stored) -> dict[str, Any]:

@@ -74,14 +74,13 @@ def source_model(name: str) -> Sam:
     return load_sam(name).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def drive(trial: Mapping[str, Any], resume: Path | None, send: Send) -> None:
+def drive(setting: Setting, config: Config, resume: Path | None, send: Send) -> None:
     """Runs a trial, or the rest of it from a checkpoint, and sends a result at each evaluation after the first step.
 
     In a joint study the trial adapts to all its domains, step by step in turn. It ends before its last step if it
     diverges: if a loss is no longer finite, or if nearly all masks on val of a domain hold nothing or everything and
     those of the source model do not. What it has reached before counts.
     """
-    setting, config = Setting.of(trial)
     plan = setting.plan
     best = json.loads((resume / PROGRESS_FILE).read_text())[METRIC] if resume else -math.inf
     sums = _Sums()
@@ -164,30 +163,30 @@ def _machine(sam: Sam) -> dict[str, float]:
     return found
 
 
-def one_worker(config: Result) -> None:
+def one_worker(trial: Result) -> None:
     """A Tune function trainable: the whole trial in this process, which goes on to the next one afterwards."""
     global _idle_since
-    plan = Setting.of(config)[0].plan
+    setting, config = Setting.of(trial)
     gap = {} if _idle_since is None else {"gap": time.monotonic() - _idle_since}
 
     def send(result: Result, reports: Mapping[str, Report]) -> None:
         global _idle_since
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint = _write(Path(folder), result, reports, plan)
+            checkpoint = _write(Path(folder), result, reports, setting.plan)
             _idle_since = time.monotonic()  # Tune may end the trial here
             tune.report({**result, **gap}, checkpoint=tune.Checkpoint(checkpoint.path))
         gap.clear()
 
-    _from_checkpoint(config, tune.get_checkpoint(), send)
+    _from_checkpoint(setting, config, trial.get("resume"), tune.get_checkpoint(), send)
 
 
-def several_workers(config: Result) -> None:
+def several_workers(trial: Result) -> None:
     """A Tune function trainable that only watches over a TorchTrainer, which has the workers."""
-    setting, _ = Setting.of(config)
+    setting, _ = Setting.of(trial)
     report: Any = TuneReportCallback()  # type: ignore[no-untyped-call]
     trainer = TorchTrainer(
         _worker,
-        train_loop_config=config,
+        train_loop_config=trial,
         scaling_config=ray.train.ScalingConfig(
             num_workers=setting.plan.workers,
             use_gpu="GPU" in setting.resources,
@@ -208,26 +207,29 @@ KEEP: dict[str, Any] = {"num_to_keep": 1, "checkpoint_score_attribute": "rank", 
 """The best checkpoint; Ray keeps the last one besides, to go on from."""
 
 
-def _worker(config: dict[str, Any]) -> None:
+def _worker(trial: Result) -> None:
     """The loop in one of several workers, all of which take part in every report."""
-    plan = Setting.of(config)[0].plan
+    setting, config = Setting.of(trial)
     first = ray.train.get_context().get_world_rank() == 0
 
     def send(result: Result, reports: Mapping[str, Report]) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            checkpoint = _write(Path(folder), result, reports, plan) if first else None
+            checkpoint = _write(Path(folder), result, reports, setting.plan) if first else None
             ray.train.report(result, checkpoint=checkpoint)
 
-    _from_checkpoint(config, ray.train.get_checkpoint(), send)
+    _from_checkpoint(setting, config, trial.get("resume"), ray.train.get_checkpoint(), send)
 
 
-def _from_checkpoint(trial: Mapping[str, Any], found: ray.train.Checkpoint | None, send: Send) -> None:
-    if found is None and "resume" in trial:  # of an earlier run of the study
-        storage = Setting.of(trial)[0].plan.storage
+def _from_checkpoint(
+    setting: Setting, config: Config, resume: str | None, found: ray.train.Checkpoint | None, send: Send
+) -> None:
+    """resume: the path of a checkpoint of an earlier run of the study, which counts where this one has none."""
+    if found is None and resume is not None:
+        storage = setting.plan.storage
         filesystem = pyarrow.fs.FileSystem.from_uri(storage)[0] if "://" in storage else None
-        found = ray.train.Checkpoint(trial["resume"], filesystem)
+        found = ray.train.Checkpoint(resume, filesystem)
     with found.as_directory() if found else nullcontext() as folder:
-        drive(trial, Path(folder) if folder else None, send)
+        drive(setting, config, Path(folder) if folder else None, send)
 
 
 def _write(folder: Path, result: Result, reports: Mapping[str, Report], plan: Plan) -> ray.train.Checkpoint:

@@ -14,6 +14,8 @@ import pytest
 
 from tuning.cli import main
 from tuning.listener import CHECKPOINT
+from tuning.plan import make_plan
+from tuning.study import PLAN
 from tuning.tracking import ROLE, Tracker
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +52,27 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert told.startswith("error: ")
     assert message in told
     assert told.count("\n") == 1
+
+
+def test_a_study_whose_database_has_a_password_goes_on_when_it_is_given_again(
+    tracker: Tracker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    address = "mysql+nonsense://me:secret@host/x"
+    plan = make_plan({"name": "s", "domains": ["clean"], "optuna": address}, [])
+    run = tracker.start("s", "study", None, {})
+    run.attach(lambda: {PLAN: plan.to_json().encode()})
+    tracker.flush()
+    for options, message in (
+        ([], "'s' are at mysql+nonsense://me:***@host/x: give --optuna URL with its password"),
+        (["--optuna", "mysql://me:secret@host/y"], "another optuna: mysql+nonsense://me:***@host/x"),
+        (["--optuna", address], "cannot reach the Optuna storage mysql+nonsense://me:***@host/x"),
+    ):
+        assert main(["resume", "s", "--tracking-uri", tracker.uri, *options]) == 2
+        told = capsys.readouterr().err
+        assert message in told
+        assert "secret" not in told
+        assert told.count("\n") == 1
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,13 @@ def test_a_plan_is_the_same_after_its_json() -> None:
     assert Plan.from_json(first.to_json()) == first
 
 
+def test_the_password_of_a_database_stays_out_of_the_json_and_makes_no_difference() -> None:
+    first = plan(optuna="postgresql://me:secret@host/db")
+    assert "secret" not in first.to_json()
+    assert first.differs(Plan.from_json(first.to_json())) is None
+    assert plan(optuna="postgresql://me:secret@elsewhere/db").differs(first) == "optuna"
+
+
 def test_the_kind_of_an_axis_can_be_changed() -> None:
     space = plan(space={"lora.rank": {"choices": [2, 4]}}).space
     assert space["lora.rank"] == Axis(type="categorical", choices=(2, 4))

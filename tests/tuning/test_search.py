@@ -15,9 +15,9 @@ from ray.tune.search import Searcher
 
 from tuning.budget import Budget
 from tuning.confirm import Confirmation, winner
-from tuning.plan import REFERENCES, Plan, make_plan
+from tuning.plan import REFERENCES, Plan, make_plan, shown
 from tuning.replay import _NOTHING_RUNS, Past, Replayed, _Trial, replay, tell
-from tuning.sampler import ask, catch_up, distributions, encoded, enqueue, open_storage, open_study, shown
+from tuning.sampler import ask, catch_up, distributions, encoded, enqueue, open_storage, open_study
 from tuning.schedulers import make_scheduler
 from tuning.search import Search
 from tuning.space import DEFAULT, Axis
@@ -146,7 +146,9 @@ def test_a_storage_that_cannot_be_reached_is_one_line(url: str) -> None:
 
 
 def test_a_password_is_not_told() -> None:
-    assert shown("postgresql://me:secret@host/db") == "postgresql://me:***@host/db"
+    assert shown("postgresql://me:sec/ret@host/db") == "postgresql://me:***@host/db"
+    assert shown("postgresql://host/db?user=me&password=secret&x=1") == "postgresql://host/db?user=me&password=***&x=1"
+    assert shown("sqlite:////home/me/optuna.db") == "sqlite:////home/me/optuna.db"
     with pytest.raises(InputError) as e:
         open_storage("mysql+nonsense://me:secret@host/x")
     assert "secret" not in str(e.value)
