@@ -128,6 +128,8 @@ def champions(tracker: Tracker) -> list[Entry]:
 def fetch(tracker: Tracker, domain: str, out: Path | None) -> tuple[Entry, dict[str, Any]]:
     """A domain's champion and its configuration; if a folder is given, its adapter, configuration and card go there.
 
+    A champion that an older version has registered has no card.
+
     Raises InputError if there is none, and for a folder that holds something else than an adapter fetched before.
     """
     entry = champion(tracker, domain)
@@ -141,6 +143,7 @@ def fetch(tracker: Tracker, domain: str, out: Path | None) -> tuple[Entry, dict[
         try:
             _check_free(out)
             out.mkdir(parents=True, exist_ok=True)
+            (out / CARD).unlink(missing_ok=True)  # of what was fetched before
             for name, contents in _files(tracker, entry, config).items():
                 (out / name).write_bytes(contents)
         except OSError as e:
@@ -243,8 +246,9 @@ def _register(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str
 
 
 def package(adapter: Path, out: Path) -> None:
-    """Writes what MLflow loads and serves: CODE with an adapter's folder, and no pickle."""
+    """Writes what MLflow loads and serves: CODE with an adapter's folder, no pickle, and no path of this machine."""
     import mlflow.pyfunc
+    from mlflow.models import Model
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow asks for an example, which would have to hold an image
@@ -255,6 +259,12 @@ def package(adapter: Path, out: Path) -> None:
             model_config={"model": None, "device": None},
             pip_requirements=[f"{p}=={installed(p).partition('+')[0]}" for p in NEEDED],
         )
+    about = Model.load(str(out))
+    flavor = about.flavors[mlflow.pyfunc.FLAVOR_NAME]
+    flavor["model_code_path"] = CODE.name
+    for artifact in flavor["artifacts"].values():
+        artifact["uri"] = artifact["path"]
+    about.save(str(out / "MLmodel"))
 
 
 def _about(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str]) -> About:
@@ -282,7 +292,9 @@ def _files(tracker: Tracker, entry: Entry, config: Mapping[str, Any]) -> dict[st
     found = tracker.files(entry.run_id, place_of(ADAPTER, entry.domain, entry.tags.get("joint")))
     place = place_of(MODEL, entry.domain, entry.tags.get("joint"))
     settings = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    return {**found, SETTINGS: settings.encode(), CARD: tracker.files(entry.run_id, place)[CARD]}
+    has_card = f"{place}/{CARD}" in (f.path for f in tracker.client.list_artifacts(entry.run_id, place))
+    cards = {CARD: tracker.files(entry.run_id, place)[CARD]} if has_card else {}
+    return {**found, SETTINGS: settings.encode(), **cards}
 
 
 def _check_free(out: Path) -> None:

@@ -84,6 +84,8 @@ def test_it_answers_as_wesam_does(folder: Path, packaged: Path) -> None:
 
 def test_nothing_in_it_is_a_pickle_or_an_address(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [f for f in packaged.rglob("*") if f.is_file()]
+    places = [str(packaged.parent).encode(), str(registry.CODE.parent).encode()]
+    assert not [f for f in files for place in places if place in f.read_bytes()]
     assert {f.suffix for f in files} == {"", ".json", ".safetensors", ".txt", ".yaml", ".py"}
     assert not [f for f in files if f.read_bytes()[:1] == b"\x80"]
     requirements = (packaged / "requirements.txt").read_text().split()

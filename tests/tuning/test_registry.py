@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from mlflow.utils.file_utils import local_file_uri_to_path
 
 import wesam
 from tuning import registry
@@ -141,6 +143,25 @@ def test_a_folder_that_holds_something_else_is_left_alone(
     (tmp_path / "other" / registry.CARD).write_text("of some other thing")
     with pytest.raises(InputError, match=r"holds something else \(README"):
         registry.fetch(tracker, "d", tmp_path / "other")
+
+
+def test_a_champion_of_an_older_version_is_fetched_without_a_card(
+    tracker: Tracker, register: Register, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    fetch = ["best", "d", "--out", str(out), "--tracking-uri", tracker.uri]
+    register(0.7)
+    assert main(fetch) == 0
+    best = registry.champion(tracker, "d")
+    assert best is not None
+    artifacts = local_file_uri_to_path(tracker.client.get_run(best.run_id).info.artifact_uri)
+    shutil.rmtree(Path(artifacts) / registry.MODEL)
+    capsys.readouterr()
+    assert main(fetch) == 0
+    told = capsys.readouterr().out
+    assert told.count("without a card") == 1
+    assert "its card" not in told
+    assert {f.name for f in out.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", registry.SETTINGS}
 
 
 def test_all_champions_are_listed_with_their_spread(
