@@ -85,3 +85,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     cells.insert(0, list(rows[0]))
     widths = [max(len(c[i]) for c in cells) for i in range(len(cells[0]))]
     return "\n".join("  ".join(v.ljust(w) for v, w in zip(c, widths, strict=True)).rstrip() for c in cells)
+
+
+def line(text: str) -> None:
+    """A line that the next one overwrites; only where a person looks on."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def progress(what: str) -> Callable[[int, int], None]:
+    """Such a line that counts; it goes when all is done."""
+    return lambda done, total: line(f"{what} {done}/{total}" if done < total else "")

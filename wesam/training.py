@@ -1,0 +1,189 @@
+"""The commands that train, or measure training: adapt, compare, cross, bench."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from segment_anything.modeling import Sam
+
+from wesam.adapt import Report, adapt, checked, keep_best
+from wesam.bench import bench_step
+from wesam.compare import compare, cross
+from wesam.config import Config, method_preset, preset, read_config
+from wesam.console import line, table, write_json
+from wesam.data import Domain
+from wesam.errors import InputError
+from wesam.memory import reckon
+from wesam.options import given_domain
+from wesam.sam import REGISTRY, load_sam, random_sam
+
+
+def run_adapt(args: argparse.Namespace) -> None:
+    """Adapts a model to a domain and keeps the adapter that is best on val."""
+    sam, domain = load_sam(args.model).to(args.device), given_domain(args)
+    if args.config:
+        start = read_config(args.config)
+    else:
+        start = preset(args.preset) if args.preset else method_preset(args.model, args.method or "wesam")
+    config = start.replace(_changes(args)).parse(_set(args))
+    checked(domain, config)
+    vanished = _vanished(sam, domain, [config])
+    _writable(args.out)
+    curve: list[dict[str, float]] = []
+    began = time.monotonic()
+
+    def watch(report: Report, better: bool) -> None:
+        done = f"step {report.step}/{report.steps}"
+        if report.val is None:
+            line(f"{done}  loss {report.losses['total']:.3f}  {report.seconds:.2f} s/step")
+            return
+        curve.append({"step": report.step, **report.val.known(), **report.losses})
+        line("")
+        kept = "  kept" if better else ""
+        score = report.val.name(args.objective)
+        what, value = "mIoU" if score == "miou" else score, report.val.value(args.objective)
+        print(f"{done}  val {what} {value:.3f}  {time.monotonic() - began:.0f} s{kept}", flush=True)
+
+    reports = adapt(sam, domain, config, label_free=args.objective == "label-free")
+    best = keep_best(reports, args.out, objective=args.objective, watch=watch)
+    row = {
+        "domain": domain.name, "model": args.model, "method": config.method, "prompt": config.prompt,
+        "crop": config.crop, "score": best.val.name(args.objective), "direct": best.direct.value(args.objective),
+        "best": best.val.value(args.objective), "step": best.step,
+        "adapter": str(args.out),
+    }  # fmt: skip
+    print(table([row]))
+    if best.step == 0:
+        print("no step was better on val than the unadapted model: the adapter changes nothing")
+    record = {**row, "vanished": vanished, "config": config.flat(), "data": domain.digest, "curve": curve}
+    write_json(args.out / "adaptation.json", record)
+    write_json(args.json, row)
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    """Compares methods on a domain, over seeds."""
+    sam, domain = load_sam(args.model).to(args.device), given_domain(args)
+    changes = _changes(args)
+    configs = {m: method_preset(args.model, m).replace(changes).parse(_set(args)) for m in args.methods}
+    _vanished(sam, domain, configs.values())
+    row = {
+        "domain": domain.name, "model": args.model, "prompt": args.prompt, "crop": next(iter(configs.values())).crop,
+        **compare(sam, domain, configs, _seeds(args), watch=lambda text: print(text, flush=True)),
+    }  # fmt: skip
+    print(table([{k: v for k, v in row.items() if not isinstance(v, list)}]))
+    write_json(args.json, row)
+
+
+def run_cross(args: argparse.Namespace) -> None:
+    """Adapts with each kind of weak label and scores with each."""
+    sam, domain = load_sam(args.model).to(args.device), given_domain(args)
+    start = method_preset(args.model, args.method)
+    configs = {k: start.replace({"prompt": k, **_changes(args)}).parse(_set(args)) for k in args.prompts}
+    _vanished(sam, domain, configs.values())
+    rows = cross(sam, domain, configs, _seeds(args), watch=lambda text: print(text, flush=True))
+    columns = [k for k, v in rows[-1].items() if not isinstance(v, list)]
+    print(table([{k: row.get(k) for k in columns} | {"trained_with": row["trained_with"] or "Direct"} for row in rows]))
+    head = {"domain": domain.name, "model": args.model, "method": args.method}
+    write_json(args.json, [{**head, **row} for row in rows])
+
+
+def run_bench_step(args: argparse.Namespace) -> None:
+    """Measures one step of an adaptation."""
+    config = _size(args)
+    try:
+        sam = load_sam(args.model)
+    except InputError:
+        if args.model not in REGISTRY:
+            raise
+        print(f"no weights of {args.model} here: random ones do for this", file=sys.stderr)
+        sam = random_sam(args.model)
+    side = sam.image_encoder.img_size
+    if args.img not in (None, side):
+        raise InputError(f"{args.model} takes images of {side} px, not of {args.img}")
+    sam = sam.to(args.device)
+    found = bench_step(sam, config, args.instances, args.steps, watch=line)
+    line("")
+    row = {
+        "model": args.model, "img": side, "instances": args.instances, "batch": args.batch, "device": args.device,
+        **dataclasses.asdict(found),
+    }  # fmt: skip
+    parts = row.pop("parts")
+    print(table([row]))
+    print(table([{"of a step": "share", **parts}]))
+    write_json(args.json, {**row, "parts": parts, "config": config.flat(), "torch": torch.__version__})
+
+
+def run_bench_memory(args: argparse.Namespace) -> None:
+    """Reckons the memory that a step needs on a GPU."""
+    config = _size(args)
+    rows: list[dict[str, Any]] = []
+    for precision in ("fp32", "bf16"):
+        for on in (False, True):
+            changed = config.replace({"compute.precision": precision, "compute.checkpointing": on})
+            line(f"{precision} ...")
+            gib = reckon(REGISTRY[args.model].build, changed, args.instances)
+            rows.append({
+                "model": args.model, "batch": args.batch, "instances": args.instances, "precision": precision,
+                "checkpointing": "yes" if on else "no", "gib": gib,
+            })  # fmt: skip
+    line("")
+    print(table(rows))
+    print("reckoned: what CUDA and its kernels need for themselves comes on top, half a gibibyte or more")
+    write_json(args.json, rows)
+
+
+def _size(args: argparse.Namespace) -> Config:
+    """The paper's hyperparameters for what is to be measured."""
+    for name in ("instances", "batch", "steps"):
+        if getattr(args, name, 1) < 1:
+            raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
+    return preset("paper").parse([f"optim.batch_size={args.batch}", *_set(args)])
+
+
+def _seeds(args: argparse.Namespace) -> range:
+    if args.seeds < 1:
+        raise InputError(f"--seeds must be at least 1, got {args.seeds}")
+    return range(args.seeds)
+
+
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of a configuration whose options are given."""
+    fields = ("method", "prompt", "seed", "steps", "crop", "max_instances")
+    return {k: v for k in fields if (v := getattr(args, k, None)) is not None}
+
+
+def _set(args: argparse.Namespace) -> list[str]:
+    """The assignments of ``--set``, none of which may be of a field that has an option."""
+    for text in args.set:
+        if (path := text.partition("=")[0]) in ("method", "prompt", "seed", "crop"):
+            raise InputError(f"--set {text}: {path} is not a hyperparameter here; use --{path} (or --methods, --seeds)")
+    return list(args.set)
+
+
+def _vanished(sam: Sam, domain: Domain, configs: Iterable[Config]) -> int:
+    """How many training instances are too small for the model, seen whole, to see; says so if there are any."""
+    side = sam.image_encoder.img_size
+    count = max(domain.vanished(c, side) for c in configs)
+    if count:
+        print(
+            f"left out of training, less than a pixel wide or high at the model's {side} px: {count} instances;"
+            " --crop 3 shows them larger",
+            file=sys.stderr,
+        )
+    return count
+
+
+def _writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (probe := folder / ".probe").touch()
+        probe.unlink()
+    except OSError as e:
+        raise InputError(f"cannot write to {folder}: {e.strerror}") from None
