@@ -1,26 +1,87 @@
-"""Whole studies on a real local Ray, with real MLflow and Optuna, on a very small domain."""
+"""Whole studies on a real local Ray, with real MLflow and Optuna, on a very small domain.
+
+All that starts Ray is in this file, which pytest-xdist gives to one process with --dist loadfile: two local Rays
+starve each other.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import psutil
 import pytest
 from pycocotools import mask as rle
 
 from tuning import registry, report, tracking
 from tuning.cli import main, summary
+from tuning.listener import CHECKPOINT
 from tuning.plan import Plan, make_plan
 from tuning.study import best_of, new_study, resume_study
-from tuning.tracking import Tracker
+from tuning.tracking import ROLE, Tracker
 from wesam import AdaptedSam, evaluate, load_domain, load_sam
 from wesam.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("cluster")
+ROOT = Path(__file__).parents[2]
+on_ray = pytest.mark.usefixtures("cluster")
+
+
+def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process_and_the_study_can_go_on(
+    small: Path, tmp_path: Path, uri: str
+) -> None:
+    tune = [sys.executable, "-m", "tuning"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri}
+    fixed = ["eval_every=1", "optim.batch_size=1", "lora.rank=1", "lora.targets=qkv"]
+    options = ["--seeds", "1", *(part for f in fixed for part in ("--set", f))]
+    run = subprocess.Popen(
+        [*tune, "run", "--name", "s", "--domain", str(small), "--trials", "4", "--steps", "6", *options],
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert run.stdout is not None
+    for line in run.stdout:
+        if "trial " in line and "/4" in line:
+            break
+    family = psutil.Process(run.pid).children(recursive=True)
+    assert family
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.wait(timeout=120) == 130
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(p.is_running() and p.status() != "zombie" for p in family):
+        time.sleep(0.2)
+    assert [p for p in family if p.is_running() and p.status() != "zombie"] == []
+
+    tracker = Tracker(uri)
+    ended = [r.info.status for r in tracker.find("trial")]
+    assert "FINISHED" in ended
+    assert {r.info.status for level in ("study", "domain") for r in tracker.find(level)} == {"KILLED"}  # type: ignore[arg-type]
+    assert "RUNNING" not in ended
+    interrupted = {
+        r.info.run_id for r in tracker.find("trial") if r.info.status == "KILLED" and CHECKPOINT in r.data.tags
+    }
+
+    done = subprocess.run([*tune, "resume", "s"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    finished = [r for r in tracker.find("trial") if r.info.status == "FINISHED"]
+    searched = [r for r in finished if ROLE not in r.data.tags]
+    assert sorted(int(r.data.tags["wesam.trial"]) for r in searched) == [1, 2, 3, 4]
+    roles = [r.data.tags[ROLE] for r in finished if ROLE in r.data.tags]
+    assert (roles.count("direct"), roles.count("supervised")) == (1, 1)
+    assert interrupted <= {r.info.run_id for r in finished}, "what had a checkpoint goes on in its own run"
+    for run in interrupted:
+        steps = [m.step for m in tracker.client.get_metric_history(run, "val_miou")]
+        assert steps == list(range(7)), "and from its checkpoint, not from the beginning"
+    assert {r.info.status for level in ("study", "domain") for r in tracker.find(level)} == {"FINISHED"}  # type: ignore[arg-type]
+    tracker.close()
 
 
 def make(small: Path, tmp_path: Path, **settings: Any) -> Plan:
@@ -43,7 +104,7 @@ def check(plan: Plan, result: dict[str, Any], tracker: Tracker, small: Path, tmp
     assert {r.data.tags[tracking.PARENT] for r in runs["trial"]} == {row["run_id"]}
     found = tracking.trials(tracker, row["run_id"])
     assert [t.number for t in found] == list(range(1, plan.trials + 1))
-    assert [t.reference for t in found[:3]] == ["paper", "defaults", None]
+    assert [t.reference for t in found[:3]] == ["paper", "defaults", None][: plan.trials]
     assert not found[0].pruned
     for tags in (r.data.tags for r in runs["trial"]):
         assert tags["data"] == load_domain(str(small)).digest
@@ -73,6 +134,7 @@ def check(plan: Plan, result: dict[str, Any], tracker: Tracker, small: Path, tmp
     assert "small" in summary(result)
 
 
+@on_ray
 def test_trials_of_one_worker_share_their_actors(small: Path, tmp_path: Path, tracker: Tracker) -> None:
     plan = make(small, tmp_path)
     result = new_study(plan, tracker)
@@ -132,13 +194,15 @@ def _enlarged_and_begun_with(small: Path, tmp_path: Path, tracker: Tracker) -> N
     assert {p: found[2].config[p] for p in plan.space} == {p: str(v) for p, v in plan.nearest(config).items()}
 
 
+@on_ray
 def test_trials_of_two_workers(small: Path, tmp_path: Path, tracker: Tracker) -> None:
     """With windows around the prompts, which the fetched adapter must remember to score again what was logged."""
-    plan = make(small, tmp_path, workers=2, crop=3.0, trials=3, seeds=1)
+    plan = make(small, tmp_path, workers=2, crop=3.0, trials=2, seeds=1)
     check(plan, new_study(plan, tracker), tracker, small, tmp_path)
     assert tracker.find("trial")[0].data.params["crop"] == "3.0"
 
 
+@on_ray
 def test_when_every_trial_fails_the_domain_has_failed_and_changed_data_are_not_gone_on_with(
     small: Path, tmp_path: Path, tracker: Tracker, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +227,7 @@ def test_when_every_trial_fails_the_domain_has_failed_and_changed_data_are_not_g
         resume_study("s", tracker)
 
 
+@on_ray
 def test_when_nothing_beats_direct_nothing_is_registered(small: Path, tmp_path: Path, tracker: Tracker) -> None:
     plan = make_plan(
         {"name": "s", "domains": [str(small)], "trials": 2, "seeds": 1, "storage": str(tmp_path / "runs")},
@@ -183,6 +248,7 @@ def test_when_nothing_beats_direct_nothing_is_registered(small: Path, tmp_path: 
         best_of("s-2", tracker)
 
 
+@on_ray
 def test_a_study_where_only_boxes_are_known(small: Path, tmp_path: Path, tracker: Tracker) -> None:
     boxes = tmp_path / "boxes"
     shutil.copytree(small, boxes)
@@ -213,3 +279,45 @@ def test_a_study_where_only_boxes_are_known(small: Path, tmp_path: Path, tracker
     assert (listed["score"], listed["test"]) == ("label_free", pytest.approx(row["best"], abs=1e-4))
     report.write(report.collect(tracker, "s"), tmp_path / "report")
     assert "label-free" in (tmp_path / "report" / report.TABLE).read_text()
+
+
+@on_ray
+def test_a_joint_study_has_one_configuration_and_an_adapter_for_each_domain(
+    small: Path, tmp_path: Path, tracker: Tracker
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(small, other)
+    (other / "train.json").write_text((other / "train.json").read_text() + " ")  # the same data, with another digest
+    settings = {
+        "name": "s", "domains": [str(small), str(other)], "joint": "worst", "trials": 3, "steps": 6, "seeds": 1,
+        "storage": str(tmp_path / "runs"),
+    }  # fmt: skip
+    made = make_plan(settings, ["eval_every=2", "optim.batch_size=2", "method=supervised"])
+    rows = new_study(made, tracker)["domains"]
+    assert [r["domain"] for r in rows] == ["small", "other"]
+    assert [r.get("error") for r in rows] == [None, None]
+    assert rows[0]["config"] == rows[1]["config"]
+    assert rows[0]["trials_of"] == rows[1]["trials_of"] not in (rows[0]["run_id"], rows[1]["run_id"])
+    assert {r.info.run_name for r in tracker.find("domain")} == {"small", "other", "joint"}
+    assert {r.info.status for r in (*tracker.find("domain"), *tracker.find("trial"))} == {"FINISHED"}
+
+    searched = tracking.trials(tracker, rows[0]["trials_of"])
+    assert [t.number for t in searched] == [1, 2, 3]
+    best = max(searched, key=lambda t: t.best)
+    gains = [
+        tracker.at(best.run_id, f"val_miou.{r['domain']}", best.best_step) - r["val"]["direct"] for r in rows
+    ]  # fmt: skip
+    assert best.best == pytest.approx(min(gains))
+    (zero,) = tracking.trials(tracker, rows[0]["trials_of"], "direct")
+    assert zero.best == 0
+    for row in rows:
+        folder = tmp_path / f"adapter-{row['domain']}"
+        folder.mkdir()
+        for name, contents in tracker.files(row["best_run"], f"adapter/{row['domain']}").items():
+            (folder / name).write_bytes(contents)
+        model, domain = AdaptedSam.load(load_sam(), folder), load_domain(row["given"])
+        (run,) = [r for r in tracker.find("trial") if r.info.run_id == row["best_run"]]
+        at = int(run.data.metrics["best_step"])
+        val = tracker.at(row["best_run"], f"val_miou.{row['domain']}", at)
+        assert evaluate(model, domain.split("val"), "box").miou == pytest.approx(val, abs=1e-4)
+    assert [where for where, _ in best_of("s", tracker)] == ["s/joint"]
