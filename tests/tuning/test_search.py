@@ -280,7 +280,7 @@ def test_a_seed_decides_the_proposals_and_a_study_that_goes_on_makes_others(tmp_
 
 
 @pytest.mark.parametrize("name", ["asha", "median"])
-def test_what_is_behind_is_stopped_but_never_a_reference_nor_before_it_has_warmed_up(name: str, tmp_path: Path) -> None:
+def test_what_is_behind_is_stopped_but_never_the_papers_nor_before_it_has_warmed_up(name: str, tmp_path: Path) -> None:
     plan = make(tmp_path, scheduler=name)
     scheduler = make_scheduler(plan, Budget(plan))
 
@@ -299,7 +299,7 @@ def test_what_is_behind_is_stopped_but_never_a_reference_nor_before_it_has_warme
         assert on_result(good, 0.9, 4) == TrialScheduler.CONTINUE
         goods.append(good)
     paper: Any = Found(trial_id="paper", config={"reference": "paper"})
-    bad: Any = Found(trial_id="bad", config={"point": {}})
+    bad: Any = Found(trial_id="bad", config={"point": {}, "reference": "defaults"})
     upper: Any = Found(trial_id="upper", config={"role": "supervised"})
     scheduler.on_trial_add(None, upper)  # type: ignore[arg-type]
     assert on_result(upper, 0.99, 4) == TrialScheduler.CONTINUE
