@@ -11,13 +11,12 @@ from tuning.budget import Budget
 from tuning.plan import Plan
 from tuning.trainer import METRIC
 
-
 KEPT = "paper"
 """The reference that has a column of its own in the result, and so all of its steps."""
 
 
 class Stopping(TrialScheduler):
-    """Beside one of Tune's schedulers: never stops the trial with the paper's hyperparameters, with which all are compared,
+    """Beside one of Tune's schedulers: never stops the trial with the paper's hyperparameters, as all are compared with it,
     what confirms a search, nor a trial at its last step.
 
     When the budget is spent, it stops whatever of the search has been evaluated.
