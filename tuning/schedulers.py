@@ -16,8 +16,8 @@ KEPT = "paper"
 
 
 class Stopping(TrialScheduler):
-    """Beside one of Tune's schedulers: never stops the trial with the paper's hyperparameters, as all are compared with it,
-    what confirms a search, nor a trial at its last step.
+    """Beside one of Tune's schedulers: never stops the trial with the paper's hyperparameters, with which all others
+    are compared, what confirms a search, nor a trial at its last step.
 
     When the budget is spent, it stops whatever of the search has been evaluated.
     """
