@@ -19,7 +19,7 @@ from tuning.domain import past
 from tuning.listener import ENDED
 from tuning.plan import COLUMNS, WORDS, Plan
 from tuning.replay import Past, replay
-from tuning.sampler import COST_METRICS
+from tuning.sampler import BEST_OF, COST_METRICS, SEARCHED
 from tuning.study import PLAN, find_study
 from tuning.tracking import Tracker, Trial, trials
 from wesam.errors import InputError
@@ -265,7 +265,7 @@ def _trusted(trust: Trust) -> str:
 
 def _warmth(trials: Sequence[Trial]) -> str | None:
     """What the trials that other studies gave were worth, by the search's own trials after them."""
-    given = [t for t in trials if t.label.startswith("best of ")]
+    given = [t for t in trials if t.label.startswith(BEST_OF)]
     if not given:
         return None
     best = max(given, key=lambda t: t.best)
@@ -282,7 +282,7 @@ def _trials(part: Part, plan: Plan) -> str:
     head = ["trial", "best on val", "at step", "", *plan.space]
     rows = []
     for t in sorted(part.trials, key=lambda t: -t.best):
-        named = t.label if t.reference or t.label.startswith("best of ") else ""
+        named = "" if t.label == SEARCHED else t.label
         note = ", ".join(n for n in (named, ENDED.get(t.ended, "")) if n)
         rows.append([str(t.number), score(t.best), str(t.best_step), note, *(_short(t.config[p]) for p in plan.space)])
     return f"<details><summary>all trials</summary>{_table(head, rows)}</details>"
