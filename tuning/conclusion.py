@@ -14,6 +14,7 @@ from tuning.findings import read
 from tuning.plan import MARGIN
 from tuning.target import Context, Target
 from tuning.tracking import Run, Tracker, Trial, trials
+from wesam import Scores
 
 Row = dict[str, Any]
 """A domain's line of the result; its keys are explained in docs/study.md."""
@@ -78,8 +79,9 @@ def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
     plan, found, chosen, paper, best = c.plan, target.found, verdict.chosen, verdict.paper, verdict.best
     folder = registry.place_of(registry.ADAPTER, target.name, plan.joint)
     adapters = {t.run_id: c.tracker.files(t.run_id, folder) for t in verdict.tested}
-    on_test = judge.judged(target.task, adapters)
-    picture = judge.picture(target.task, adapters[chosen.run_id] if chosen else None)
+    measured = judge.judged(target.task, adapters)
+    on_test = {run_id: Scores.of(images) for run_id, images in measured.items()}
+    picture = judge.picture(target.task, *((adapters[chosen.run_id], measured[chosen.run_id]) if chosen else ()))
 
     test, direct = found["direct_test"], target.direct.value(plan.objective)
     repeated = verdict.again or ([best] if best else [])

@@ -16,8 +16,8 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 1em 0 } th, td { padding: .3em .8em; text-align: left }
 tr { border-bottom: 1px solid #ddd } .plots { display: flex; flex-wrap: wrap; gap: 1em } img, svg { max-width: 100% }
-code { background: #f3f3f3; padding: 0 .3em } small { color: #666 } .wide { overflow-x: auto; font-size: 12px }
-.wide th, .wide td { padding: .2em .5em; vertical-align: top } .best { font-weight: bold }
+code { background: #f3f3f3; padding: 0 .3em } small { color: #666 } .wide { overflow-x: auto; font-size: 11px }
+.wide th, .wide td { padding: .2em .4em; vertical-align: top } .best { font-weight: bold }
 """
 
 
@@ -36,12 +36,16 @@ def text(plain: str) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, best: int | None = None) -> str:
     """best: the row that stands out."""
-    cells = "".join(f"<th>{escape(h).replace('.', '.<wbr>').replace('_', '_<wbr>')}</th>" for h in head)
+    cells = "".join(f"<th>{_breakable(h)}</th>" for h in head)
     lines = "".join(
-        f"<tr{' class=best' if i == best else ''}>{''.join(f'<td>{escape(c)}</td>' for c in row)}</tr>"
+        f"<tr{' class=best' if i == best else ''}>{''.join(f'<td>{_breakable(c)}</td>' for c in row)}</tr>"
         for i, row in enumerate(rows)
     )
     return f"<table><tr>{cells}</tr>{lines}</table>"
+
+
+def _breakable(name: str) -> str:
+    return re.sub(r"([._+])(?=[a-z])", r"\1<wbr>", escape(name))
 
 
 def trials(found: Findings, space: Space) -> str:
@@ -58,6 +62,6 @@ def trials(found: Findings, space: Space) -> str:
 
 def _short(text: str) -> str:
     try:
-        return f"{float(text):.3g}"
+        return f"{float(text):.4g}"
     except ValueError:
         return text

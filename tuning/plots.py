@@ -36,7 +36,7 @@ def drawings(found: Findings, plan: Plan) -> dict[str, str]:
         "history.svg": by_trial(trials, found.direct, found.ellipse, found.word),
         "steps.svg": by_step(found.curves, found.row["best_trial"], word),
         "label-free.svg": against_label_free(found.pairs, found.trust),
-        "pareto.svg": pareto(trials, [COST_METRICS[c] for c in plan.minimize], found.word),
+        "pareto.svg": pareto(trials, [COST_METRICS[c] for c in plan.minimize], found.direct, found.word),
         "importances.svg": importances(trials, space),
         "parallel-coordinates.svg": parallel_coordinates(trials, space, found.direct, found.word),
         "hyperparameters.svg": against_score(trials, space),
@@ -81,9 +81,9 @@ def by_step(curves: Mapping[int, Curve], best: int | None, score: str) -> str:
     return _svg(figure)
 
 
-def _lowest(scores: Sequence[float], direct: float) -> float:
+def _lowest(scores: Sequence[float], direct: float, room: float = 2) -> float:
     """Where a picture ends: at the worst score, but not so far below Direct that the others could not be told apart."""
-    return max(min(scores), direct - max(2 * (max(scores) - direct), 0.05))
+    return max(min(scores), direct - max(room * (max(scores) - direct), 0.05))
 
 
 def against_label_free(pairs: Sequence[Sequence[Pair]], trust: Trust | None) -> str | None:
@@ -103,13 +103,14 @@ def against_label_free(pairs: Sequence[Sequence[Pair]], trust: Trust | None) -> 
     for label, shown, style in named:
         axes.scatter([s for s, _ in shown], [m for _, m in shown], label=label, **style)
     axes.set(xlabel="val label-free score", ylabel="val mIoU")
+    axes.locator_params(axis="x", nbins=5)
     axes.set_title(f"Spearman {trust.spearman:.2f}, regret {100 * trust.regret:.1f} points of mIoU", fontsize=9)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return _svg(figure)
 
 
-def pareto(trials: Sequence[Trial], costs: Sequence[str], score: str) -> str | None:
-    """Each trial's score on val against each cost; the front stands out."""
+def pareto(trials: Sequence[Trial], costs: Sequence[str], direct: float, score: str) -> str | None:
+    """Each trial's score on val against each cost; the front stands out. What fell far leaves the picture below."""
     if not costs:
         return None
     best = front(trials, costs)
@@ -121,9 +122,12 @@ def pareto(trials: Sequence[Trial], costs: Sequence[str], score: str) -> str | N
         axes.plot(x, y, marker="o", linestyle=line, linewidth=1, color=BLUE, label="Pareto front")
         for t in best:
             axes.annotate(str(t.number), (t.metrics[cost], t.best), (4, -9), textcoords="offset points", fontsize=7)
+        axes.axhline(direct, color="black", linestyle="--", linewidth=1, label="Direct")
         axes.margins(0.1)
         axes.set_xlabel(cost)
-    grid[0, 0].set_ylabel(f"best val {score}")
+    scores = [direct, *(t.best for t in trials)]
+    margin = 0.002 + 0.05 * (max(scores) - (low := _lowest(scores, direct, room=0.5)))
+    grid[0, 0].set(ylabel=f"best val {score}", ylim=(low - margin, max(scores) + margin))
     grid[0, -1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return _svg(figure)
 
@@ -133,13 +137,14 @@ def parallel_coordinates(trials: Sequence[Trial], space: Space, direct: float, s
     inside = sorted((t for t in trials if t.point), key=lambda t: t.best)
     if len(inside) < 2 or not space:
         return None
-    top, low = inside[-1].best, _lowest([t.best for t in inside], direct)
-    last = Axis(type="float", low=low, high=top)
+    scores = [direct, *(t.best for t in inside)]
+    top, low = max(scores), _lowest(scores, direct, room=0.5)
+    last = Axis(type="float", low=round(low, 3), high=round(top, 3))
     axes_of = {**space, f"val\n{score}": last}
     figure, axes = plt.subplots(figsize=(11, 3.6))
     norm, colours = Normalize(low, max(top, low + 1e-6)), plt.get_cmap("viridis")
     for t in inside:
-        places = [*(axis.place(t.point[path]) for path, axis in space.items()), last.place(max(t.best, low))]
+        places = [*(axis.place(t.point[path]) for path, axis in space.items()), min(max(last.place(t.best), 0), 1)]
         colour, width = (RED, 2.5) if t is inside[-1] else (colours(norm(t.best)), 1.0)
         axes.plot(range(len(places)), places, color=colour, linewidth=width)
     for n, axis in enumerate(axes_of.values()):
@@ -147,7 +152,7 @@ def parallel_coordinates(trials: Sequence[Trial], space: Space, direct: float, s
         shown = -1.0
         for value in axis.marks():
             if (place := axis.place(value)) - shown > 0.06:
-                text = f"{value:.4g}" if isinstance(value, float) else str(value)
+                text = f"{value:.4g}" if isinstance(value, float) else str(value).replace("+", "+\n")
                 axes.text(n + 0.05, place, text, fontsize=6, va="center", bbox=_BACKGROUND)
                 shown = place
     axes.set_xticks(range(len(axes_of)), [name.replace(".", ".\n") for name in axes_of], fontsize=6.5)

@@ -144,6 +144,8 @@ def test_all_drawings_are_made_where_there_is_something_to_draw(tmp_path: Path) 
         "history.svg", "steps.svg", "label-free.svg", "pareto.svg", "parallel-coordinates.svg", "hyperparameters.svg"
     ]  # fmt: skip
     assert all(svg.startswith("<svg") for svg in drawn.values())
+    hopeless = [replace(t, best=0.1 + 0.01 * t.number) for t in found.trials]
+    assert "parallel-coordinates.svg" in plots.drawings(replace(found, trials=hopeless), plan)
     little = replace(found, trials=found.trials[:1], pairs=[[]])
     assert list(plots.drawings(little, make_plan({"domains": ["camouflaged"]}, []))) == ["history.svg", "steps.svg"]
 
