@@ -26,6 +26,9 @@ Point = dict[str, Value]
 Params = dict[str, Any]
 """The same as Optuna has it: some axes are two parameters there."""
 
+SEARCHED, AIDED, BEST_OF = "searched", "model's defaults with box aids", "best of "
+"""What trials are called that are no references; after the last one comes where that was found."""
+
 COST_METRICS = {"size": "adapter_mb", "seconds": "seconds_per_step"}
 """What a cost is called in MLflow."""
 
@@ -119,14 +122,14 @@ def enqueue(study: optuna.Study, plan: Plan, references: Iterable[str]) -> None:
     for source, flat in plan.warm:
         point = plan.nearest(flat)
         first += 1
-        study.enqueue_trial(encoded(plan.space, point), user_attrs={"from": source, "study": plan.name})
+        study.enqueue_trial(encoded(plan.space, point), user_attrs={"label": BEST_OF + source, "study": plan.name})
     defaults = plan.point("defaults")
     if defaults is None or plan.sampler == "random":
         return
     aided = plan.aided()
     if aided and first < startup(plan):
         first += 1
-        study.enqueue_trial(encoded(plan.space, aided), user_attrs={"study": plan.name})
+        study.enqueue_trial(encoded(plan.space, aided), user_attrs={"label": AIDED, "study": plan.name})
     generator = random.Random(plan.base.seed)
     for n in range(startup(plan) - first):
         drawn = {p: axis.draw(generator) for p, axis in plan.space.items() if generator.random() < 0.5}

@@ -55,6 +55,25 @@ class Axis:
         assert self.high is not None
         return self.low, self.high
 
+    def place(self, value: Value) -> float:
+        """Where the value lies on a line from 0 to 1 on which draws are uniform; a 0 below the range is its foot."""
+        if self.type == "categorical":
+            return self.choices.index(value) / max(1, len(self.choices) - 1)
+        if self.zero and value == 0:
+            return 0.0
+        low, high, mine = (_to_line(float(v), self.log) for v in (*self.bounds, value))
+        share = (mine - low) / (high - low) if high != low else 0.5
+        return FOOT + (1 - FOOT) * share if self.zero else share
+
+    def marks(self) -> list[Value]:
+        """A few values to label it with: all choices; the ends, the middle or the powers of ten between them, and 0."""
+        if self.type == "categorical":
+            return list(self.choices)
+        low, high = self.bounds
+        powers = [10.0**n for n in range(-9, 10)] if self.log else [(low + high) / 2]
+        inside = sorted(round(1 - p, 9) if self.log == "complement" else p for p in powers)
+        return [*([0] if self.zero else []), low, *(p for p in inside if low < p < high), high]
+
     def draw(self, generator: random.Random) -> Value:
         """A value at random."""
         if self.type == "categorical":
@@ -74,6 +93,9 @@ def _to_line(value: float, log: Log) -> float:
 def _from_line(value: float, log: Log) -> float:
     return value if not log else 1 - math.exp(value) if log == "complement" else math.exp(value)
 
+
+FOOT = 0.15
+"""The part of a line that lies between a 0 and the range above it."""
 
 Space = dict[str, Axis]
 

@@ -62,6 +62,14 @@ def test_the_references_come_first_and_then_points_of_the_space(tmp_path: Path) 
     assert proposal["config"] == plan.config(None, proposal["point"]).flat()
 
 
+def test_the_defaults_with_box_aids_are_called_so_and_are_no_reference(tmp_path: Path) -> None:
+    search, _, _ = begin(make(tmp_path))
+    third, fourth = [search.suggest(str(i)) for i in range(4)][2:]
+    assert (third["label"], fourth["label"]) == ("model's defaults with box aids", "searched")
+    assert "reference" not in third
+    assert third["config"]["loss.tightness"] == 1.0
+
+
 def test_the_search_begins_around_the_defaults(tmp_path: Path) -> None:
     plan = make(tmp_path, trials=12)
     search, _, _ = begin(plan)
