@@ -12,7 +12,7 @@ from ray.tune.search import Searcher
 from tuning.budget import Budget
 from tuning.confirm import Confirmation, Proposal
 from tuning.plan import Plan
-from tuning.sampler import SEARCHED, Point, ask
+from tuning.sampler import SEARCHED, Point, ask, go_near
 from tuning.trainer import METRIC
 
 LABELS = {"paper": "paper's hyperparameters", "defaults": "model's defaults"}
@@ -68,6 +68,7 @@ class Search(Searcher):
     def _next(self, trial_id: str, number: int) -> Proposal:
         if self._references:
             return self._proposal(number, None, self._references.pop(0))
+        go_near(self._study, self._plan, number)
         trial = self._study.ask()
         self._trials[trial_id] = trial
         point = ask(trial, self._plan.space)

@@ -65,6 +65,26 @@ class Axis:
         share = (mine - low) / (high - low) if high != low else 0.5
         return FOOT + (1 - FOOT) * share if self.zero else share
 
+    def at(self, place: float) -> Value:
+        """The value at a place, beyond whose ends are the ends; what :meth:`place` undoes."""
+        if self.type == "categorical":
+            return self.choices[round(min(max(place, 0), 1) * (len(self.choices) - 1))]
+        if self.zero and place < FOOT / 2:
+            return 0 if self.type == "int" else 0.0
+        low, high = self.bounds
+        share = min(max((place - FOOT) / (1 - FOOT) if self.zero else place, 0), 1)
+        value = _from_line(
+            _to_line(low, self.log) + share * (_to_line(high, self.log) - _to_line(low, self.log)), self.log
+        )
+        value = min(max(value, low), high)
+        return round(value) if self.type == "int" else value
+
+    def near(self, value: Value, generator: random.Random) -> Value:
+        """A value nearby: a step on the line, normally distributed; another choice, where there is no line."""
+        if self.type == "categorical":
+            return generator.choice([c for c in self.choices if c != value] or [value])
+        return self.at(self.place(value) + generator.gauss(0, STEP))
+
     def marks(self) -> list[Value]:
         """A few values to label it with: all choices; the ends, the middle or the powers of ten between them, and 0."""
         if self.type == "categorical":
@@ -73,17 +93,6 @@ class Axis:
         powers = [10.0**n for n in range(-9, 10)] if self.log else [(low + high) / 2]
         inside = sorted(round(1 - p, 9) if self.log == "complement" else p for p in powers)
         return [*([0] if self.zero else []), low, *(p for p in inside if low < p < high), high]
-
-    def draw(self, generator: random.Random) -> Value:
-        """A value at random."""
-        if self.type == "categorical":
-            return generator.choice(self.choices)
-        if self.zero and generator.random() < 0.5:
-            return 0 if self.type == "int" else 0.0
-        low, high = self.bounds
-        value = _from_line(generator.uniform(_to_line(low, self.log), _to_line(high, self.log)), self.log)
-        value = min(max(value, low), high)
-        return round(value) if self.type == "int" else value
 
 
 def _to_line(value: float, log: Log) -> float:
@@ -96,6 +105,9 @@ def _from_line(value: float, log: Log) -> float:
 
 FOOT = 0.15
 """The part of a line that lies between a 0 and the range above it."""
+
+STEP = 0.15
+"""The standard deviation of a step to a value nearby."""
 
 Space = dict[str, Axis]
 

@@ -124,7 +124,7 @@ def searched(tmp_path: Path, **settings: Any) -> tuple[Findings, Plan]:
     generator = random.Random(0)
     found = []
     for n in range(1, 9):
-        point = {p: axis.draw(generator) for p, axis in plan.space.items()}
+        point = {p: axis.at(generator.random()) for p, axis in plan.space.items()}
         found.append(
             replace(
                 trial(n, 0.6 + 0.01 * n, reference="paper" if n == 1 else None),
