@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tuning import joint, judge, plots, registry
+from tuning import joint, judge, page, plots, registry
 from tuning.confirm import SEED, SUPERVISED, winner
+from tuning.findings import read
 from tuning.plan import MARGIN
 from tuning.target import Context, Target
 from tuning.tracking import Run, Tracker, Trial, trials
+from wesam import Scores
 
 Row = dict[str, Any]
 """A domain's line of the result; its keys are explained in docs/study.md."""
 
-RESULT, PICTURE = "result.json", "overlay.png"
+RESULT, PICTURE, TRIALS = "result.json", "overlay.png", "trials.html"
 """Artifacts of a domain's run; the study's has the first one too."""
 
 
@@ -77,9 +79,9 @@ def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
     plan, found, chosen, paper, best = c.plan, target.found, verdict.chosen, verdict.paper, verdict.best
     folder = registry.place_of(registry.ADAPTER, target.name, plan.joint)
     adapters = {t.run_id: c.tracker.files(t.run_id, folder) for t in verdict.tested}
-    on_test = judge.judged(target.task, adapters)
-    picture = judge.picture(target.task, adapters[chosen.run_id] if chosen else None)
-    target.run.attach(lambda: {PICTURE: picture, **_drawings(c, target, verdict)})
+    measured = judge.judged(target.task, adapters)
+    on_test = {run_id: Scores.of(images) for run_id, images in measured.items()}
+    picture = judge.picture(target.task, *((adapters[chosen.run_id], measured[chosen.run_id]) if chosen else ()))
 
     test, direct = found["direct_test"], target.direct.value(plan.objective)
     repeated = verdict.again or ([best] if best else [])
@@ -111,6 +113,7 @@ def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
         "config": best.config if chosen and best else None,
         "cost": _cost(verdict.searched, verdict.again + verdict.supervised),
     }  # fmt: skip
+    target.run.attach(lambda: {PICTURE: picture, **_drawings(c, row)})
     for split, part in (("test", row), ("val", row["val"])):
         target.run.log({f"{k}_{split}_{part['score']}": part[k] for k in LOGGED if part.get(k) is not None})
     lost = missing(plan.trials, verdict.searched, spent=c.budget.over())
@@ -141,19 +144,11 @@ def missing(wanted: int, found: Sequence[Trial], *, spent: bool) -> str:
     return f"; {failed} of {wanted} trials failed" if failed else ""
 
 
-def _drawings(c: Context, target: Target, verdict: Verdict) -> dict[str, bytes]:
-    """Optimisation history, importances and hyperparameters against the score, as SVG, for MLflow's pages."""
-    direct = {target.name: target.direct}
-    alone = joint.score(c.plan, direct, direct)
-    ellipse = (
-        None if c.plan.joint else getattr(target.found.get("ellipse_val"), target.direct.name(c.plan.objective), None)
-    )
-    drawn = {
-        "history.svg": plots.by_trial(verdict.searched, alone, ellipse, joint.word(c.plan, direct)),
-        "importances.svg": plots.importances(verdict.searched, c.plan.space),
-        "hyperparameters.svg": plots.against_score(verdict.searched, c.plan.space),
-    }
-    return {name: svg.encode() for name, svg in drawn.items() if svg}
+def _drawings(c: Context, row: Row) -> dict[str, bytes]:
+    """What the report draws of the search, and the table of its trials, for MLflow's pages."""
+    found = read(c.tracker, row)
+    shown = page.document("trials", page.trials(found, c.plan.space))
+    return {name: text.encode() for name, text in {**plots.drawings(found, c.plan), TRIALS: shown}.items()}
 
 
 def _unbeaten(verdict: Verdict) -> str:

@@ -18,7 +18,7 @@ from tuning.listener import CHECKPOINT, Listener
 from tuning.plan import REFERENCES
 from tuning.replay import Past, tell
 from tuning.sampler import catch_up, enqueue
-from tuning.schedulers import Stopping, make_scheduler
+from tuning.schedulers import KEPT, Stopping, make_scheduler
 from tuning.search import Search
 from tuning.target import Context, Target
 from tuning.tracking import ROLE, Run, Tracker, Trial, trials, trials_by_role
@@ -159,7 +159,7 @@ def past(tracker: Tracker, trial: Trial) -> Past:
     """A finished trial, as a scheduler is told of it."""
     history = tracker.client.get_metric_history(trial.run_id, METRIC)
     curve = sorted({m.step: float(m.value) for m in history}.items())
-    return Past(int(trial.config["steps"]), trial.reference is not None, curve)
+    return Past(int(trial.config["steps"]), trial.reference == KEPT, curve)
 
 
 def _unfinished(tracker: Tracker, domain_run: str) -> list[Proposal]:

@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import ray
+from PIL import Image
+from torch import Tensor
 
+from tuning.plan import WORDS
 from tuning.runtime import worker_resources
 from tuning.trainer import source_model
 from wesam import AdaptedSam, Scores, baseline, evaluate, load_domain, overlay, predict
 from wesam.config import Config
+from wesam.evaluate import measure
 from wesam.overlay import sheet
 
 Files = dict[str, bytes]
@@ -23,8 +27,11 @@ Files = dict[str, bytes]
 DRAWN: dict[str, Literal["box", "ellipse"]] = {"box_filled": "box", "ellipse": "ellipse"}
 """What is drawn in the given box, as a row of the result and as :func:`wesam.baseline` calls it."""
 
-SHOWN = 4
-"""Test images in a domain's picture."""
+SHOWN = 2
+"""Test images in a domain's picture on which the adapter gains most, and as many on which it gains least."""
+
+PerImage = list[dict[str, Tensor]]
+"""Scores as :func:`wesam.evaluate.measure` has them."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +54,18 @@ def references(task: Task) -> tuple[dict[str, Scores], int]:
     return found
 
 
-def judged(task: Task, adapters: Mapping[str, Files]) -> dict[str, Scores]:
-    """Each adapter's scores on test; as many at once as there is room for."""
+def judged(task: Task, adapters: Mapping[str, Files]) -> dict[str, PerImage]:
+    """Each adapter's scores on the images of test; as many adapters at once as there is room for."""
     waiting = {name: _begin(_judged, task, files) for name, files in adapters.items()}
     return {name: ray.get(begun) for name, begun in waiting.items()}
 
 
-def picture(task: Task, adapter: Files | None) -> bytes:
-    """A PNG: a few test images with their true masks, before and, given an adapter, after adaptation."""
-    found: bytes = _remote(_picture, task, adapter)
+def picture(task: Task, adapter: Files | None = None, after: PerImage | None = None) -> bytes:
+    """A PNG: a few test images with their true masks and Direct's.
+
+    Given an adapter, and what it has on test, these are the images on which it gains and loses most, with its masks.
+    """
+    found: bytes = _remote(_picture, task, adapter, after)
     return found
 
 
@@ -81,30 +91,55 @@ def _references(task: Task) -> tuple[dict[str, Scores], int]:
     return found, domain.vanished(task.base, sam.image_encoder.img_size)
 
 
-def _judged(task: Task, adapter: Files) -> Scores:
+def _judged(task: Task, adapter: Files) -> PerImage:
     sam, test = source_model(task.model), load_domain(task.domain).split("test")
     with tempfile.TemporaryDirectory() as folder:
-        return evaluate(AdaptedSam.load(sam, _unpack(adapter, Path(folder))), test, task.base.scored_with)
+        return measure(AdaptedSam.load(sam, _unpack(adapter, Path(folder))), test, task.base.scored_with)
 
 
-def _picture(task: Task, adapter: Files | None) -> bytes:
-    sam, test = source_model(task.model), load_domain(task.domain).split("test")
+def _picture(task: Task, adapter: Files | None, after: PerImage | None) -> bytes:
+    sam, domain = source_model(task.model), load_domain(task.domain)
+    test, prompt, crop = domain.split("test"), task.base.scored_with, task.base.crop
+    before = measure(sam, test if after else test[: 2 * SHOWN], prompt, crop=crop)
+    chosen = changed_most(before, after) if after else {i: _told(scores) for i, scores in enumerate(before)}
+    rows: list[list[Image.Image]] = []
     with tempfile.TemporaryDirectory() as folder:
         models = {"before: Direct": sam}
         if adapter:
             models["after adaptation"] = AdaptedSam.load(sam, _unpack(adapter, Path(folder))).sam
-        rows = []
-        for i in range(min(SHOWN, len(test))):
+        for i in chosen:
             sample = test[i]
-            given = sample.weak_labels(task.base.scored_with)
-            row = [overlay(sample.image, sample.known_masks(), given)]
-            row += [
-                overlay(sample.image, predict(m, sample.image, given, crop=task.base.crop)[0]) for m in models.values()
-            ]
-            rows.append(row)
+            given = sample.weak_labels(prompt)
+            masks = [predict(m, sample.image, given, crop=crop)[0] for m in models.values()]
+            rows.append(
+                [overlay(sample.image, sample.known_masks(), given), *(overlay(sample.image, m) for m in masks)]
+            )
+    captions = [f"{test[i].key.removeprefix(f'{domain.name}/')}: {told}" for i, told in chosen.items()]
+    first = "truth and prompts" if test[0].has_masks else "prompts"
     out = io.BytesIO()
-    sheet(rows, ["truth and prompts", *models]).save(out, "PNG")
+    sheet(rows, [first, *models], captions=captions).save(out, "PNG")
     return out.getvalue()
+
+
+def changed_most(before: PerImage, after: PerImage) -> dict[int, str]:
+    """The images whose score has risen most, and least, by their numbers, the largest gain first, with what to say."""
+    gains = [_score(a) - _score(b) for b, a in zip(before, after, strict=True)]
+    order = sorted(range(len(gains)), key=lambda i: -gains[i])
+    ends = [n for n in range(len(order)) if n < SHOWN or n >= len(order) - SHOWN]
+    return {
+        (i := order[n]): f"{_told(before[i])} -> {_score(after[i]):.3f}, {100 * gains[i]:+.1f} points, "
+        f"rank {n + 1} of {len(order)} by gain"
+        for n in ends
+    }
+
+
+def _score(image: Mapping[str, Tensor]) -> float:
+    """The mean over an image's instances of mIoU or, where no masks are known, of the label-free score."""
+    return float(image["miou" if "miou" in image else "label_free"].mean())
+
+
+def _told(image: Mapping[str, Tensor]) -> str:
+    return f"{WORDS['miou'] if 'miou' in image else 'no masks known, label-free score'} {_score(image):.3f}"
 
 
 def _unpack(files: Files, folder: Path) -> Path:

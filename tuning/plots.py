@@ -1,4 +1,4 @@
-"""The report's pictures: data in, an SVG drawing out."""
+"""A search's drawings, for the report and for MLflow's pages: data in, SVG out."""
 
 from __future__ import annotations
 
@@ -11,19 +11,37 @@ from optuna.importance import get_param_importances
 from optuna.study import create_study
 from optuna.trial import create_trial
 
-from tuning.sampler import distributions, encoded
-from tuning.space import Space
+from tuning.findings import Curve, Findings, Pair, Trust, front
+from tuning.plan import WORDS, Plan
+from tuning.sampler import COST_METRICS, distributions, encoded
+from tuning.space import Axis, Space
 from tuning.tracking import Trial
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.ticker import NullFormatter
 
 FEWEST_FOR_IMPORTANCE = 10
 """Trials, and no fewer than hyperparameters: below that, importances are noise."""
 
-Curve = Sequence[tuple[int, float]]
-"""(step, score on val)."""
+BLUE, RED, GREY = "#1f77b4", "#d62728", "#bbbbbb"
+
+
+def drawings(found: Findings, plan: Plan) -> dict[str, str]:
+    """All that can be drawn of a domain's search, by the name of its file, in the order in which it is shown."""
+    trials, space, word = found.trials, plan.space, WORDS[found.row["val"]["score"]]
+    drawn = {
+        "history.svg": by_trial(trials, found.direct, found.ellipse, found.word),
+        "steps.svg": by_step(found.curves, found.row["best_trial"], word),
+        "label-free.svg": against_label_free(found.pairs, found.trust),
+        "pareto.svg": pareto(trials, [COST_METRICS[c] for c in plan.minimize], found.direct, found.word),
+        "importances.svg": importances(trials, space),
+        "parallel-coordinates.svg": parallel_coordinates(trials, space, found.direct, found.word),
+        "hyperparameters.svg": against_score(trials, space),
+    }
+    return {name: svg for name, svg in drawn.items() if svg}
 
 
 def by_trial(trials: Sequence[Trial], direct: float, ellipse: float | None, score: str) -> str:
@@ -31,12 +49,12 @@ def by_trial(trials: Sequence[Trial], direct: float, ellipse: float | None, scor
     figure, axes = plt.subplots(figsize=(5.2, 3.2))
     numbers, scores = [t.number for t in trials], [t.best for t in trials]
     best = [max(scores[: i + 1]) for i in range(len(scores))]
-    axes.step(numbers, best, where="post", color="#1f77b4", label="best so far")
+    axes.step(numbers, best, where="post", color=BLUE, label="best so far")
     for pruned, marker, label in ((False, "o", "trial"), (True, "x", "stopped early")):
         chosen = [t for t in trials if t.pruned is pruned]
-        axes.scatter([t.number for t in chosen], [t.best for t in chosen], marker=marker, color="#1f77b4", label=label)
+        axes.scatter([t.number for t in chosen], [t.best for t in chosen], marker=marker, color=BLUE, label=label)
     paper = [t for t in trials if t.reference == "paper"]
-    axes.scatter([t.number for t in paper], [t.best for t in paper], marker="s", color="#d62728", label="paper's")
+    axes.scatter([t.number for t in paper], [t.best for t in paper], marker="s", color=RED, label="paper's")
     axes.axhline(direct, color="black", linestyle="--", linewidth=1, label="Direct")
     if ellipse is not None:
         axes.axhline(ellipse, color="grey", linestyle=":", linewidth=1, label="ellipse in the box")
@@ -50,17 +68,104 @@ def by_step(curves: Mapping[int, Curve], best: int | None, score: str) -> str:
     """Each trial's score on val by step; the best trial's stands out. One that fell far leaves the picture below."""
     figure, axes = plt.subplots(figsize=(5.2, 3.2))
     reached = [v for curve in curves.values() for _, v in curve]
-    top, start = max(reached), min(curve[0][1] for curve in curves.values())
-    lowest = max(min(reached), start - max(2 * (top - start), 0.05))
+    top = max(reached)
+    lowest = _lowest(reached, min(curve[0][1] for curve in curves.values()))
     margin = 0.002 + 0.05 * (top - lowest)
     axes.set_ylim(lowest - margin, top + margin)
     for number, curve in curves.items():
         steps, values = zip(*curve, strict=True)
-        style: dict[str, Any] = {"color": "#1f77b4", "linewidth": 2.2} if number == best else {"color": "#bbbbbb"}
+        style: dict[str, Any] = {"color": BLUE, "linewidth": 2.2} if number == best else {"color": GREY}
         axes.plot(steps, values, marker=".", **style)
     axes.set(xlabel="step", ylabel=f"val {score}", title=f"trial {best} stands out" if best else "no trial beat Direct")
     axes.title.set_fontsize(9)
     return _svg(figure)
+
+
+def _lowest(scores: Sequence[float], direct: float, room: float = 2) -> float:
+    """Where a picture ends: at the worst score, but not so far below Direct that the others could not be told apart."""
+    return max(min(scores), direct - max(room * (max(scores) - direct), 0.05))
+
+
+def against_label_free(pairs: Sequence[Sequence[Pair]], trust: Trust | None) -> str | None:
+    """The label-free score of every evaluation against its mIoU, and what choosing by either would choose."""
+    if trust is None:
+        return None
+    figure, axes = plt.subplots(figsize=(5.2, 3.2))
+    direct, trials = pairs[0][0], [p[1:] for p in pairs]
+    everything = [direct, *(e for t in trials for e in t)]
+    named: list[tuple[str, list[Pair], dict[str, Any]]] = [
+        ("evaluation", everything, {"s": 8, "color": GREY}),
+        ("trial, by its label-free score", [max(t) for t in trials], {"s": 22, "color": BLUE}),
+        ("Direct", [direct], {"s": 40, "color": "black", "marker": "D"}),
+        ("best label-free score of all", [max(everything)], {"s": 110, "facecolors": "none", "edgecolors": RED}),
+        ("best mIoU of all", [max(everything, key=lambda e: e[1])], {"s": 60, "color": RED, "marker": "+"}),
+    ]
+    for label, shown, style in named:
+        axes.scatter([s for s, _ in shown], [m for _, m in shown], label=label, **style)
+    axes.set(xlabel="val label-free score", ylabel="val mIoU")
+    axes.locator_params(axis="x", nbins=5)
+    axes.set_title(f"Spearman {trust.spearman:.2f}, regret {100 * trust.regret:.1f} points of mIoU", fontsize=9)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    return _svg(figure)
+
+
+def pareto(trials: Sequence[Trial], costs: Sequence[str], direct: float, score: str) -> str | None:
+    """Each trial's score on val against each cost; the front stands out. What fell far leaves the picture below."""
+    if not costs:
+        return None
+    best = front(trials, costs)
+    figure, grid = plt.subplots(1, len(costs), figsize=(1 + 4.2 * len(costs), 3.2), sharey=True, squeeze=False)
+    for axes, cost in zip(grid.flat, costs, strict=True):
+        axes.scatter([t.metrics[cost] for t in trials], [t.best for t in trials], s=14, color=GREY, label="trial")
+        line = "-" if len(costs) == 1 else ""
+        x, y = [t.metrics[cost] for t in best], [t.best for t in best]
+        axes.plot(x, y, marker="o", linestyle=line, linewidth=1, color=BLUE, label="Pareto front")
+        for t in best:
+            axes.annotate(str(t.number), (t.metrics[cost], t.best), (4, -9), textcoords="offset points", fontsize=7)
+        axes.axhline(direct, color="black", linestyle="--", linewidth=1, label="Direct")
+        axes.margins(0.1)
+        axes.set_xlabel(cost)
+    scores = [direct, *(t.best for t in trials)]
+    margin = 0.002 + 0.05 * (max(scores) - (low := _lowest(scores, direct, room=0.5)))
+    grid[0, 0].set(ylabel=f"best val {score}", ylim=(low - margin, max(scores) + margin))
+    grid[0, -1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    return _svg(figure)
+
+
+def parallel_coordinates(trials: Sequence[Trial], space: Space, direct: float, score: str) -> str | None:
+    """Each trial as a line over its hyperparameters and its score, which is its colour; the best one stands out."""
+    inside = sorted((t for t in trials if t.point), key=lambda t: t.best)
+    if len(inside) < 2 or not space:
+        return None
+    scores = [direct, *(t.best for t in inside)]
+    top, low = max(scores), _lowest(scores, direct, room=0.5)
+    last = Axis(type="float", low=round(low, 3), high=round(top, 3))
+    axes_of = {**space, f"val\n{score}": last}
+    figure, axes = plt.subplots(figsize=(11, 3.6))
+    norm, colours = Normalize(low, max(top, low + 1e-6)), plt.get_cmap("viridis")
+    for t in inside:
+        places = [*(axis.place(t.point[path]) for path, axis in space.items()), min(max(last.place(t.best), 0), 1)]
+        colour, width = (RED, 2.5) if t is inside[-1] else (colours(norm(t.best)), 1.0)
+        axes.plot(range(len(places)), places, color=colour, linewidth=width)
+    for n, axis in enumerate(axes_of.values()):
+        axes.axvline(n, color="#888888", linewidth=0.6, zorder=0)
+        shown = -1.0
+        for value in axis.marks():
+            if (place := axis.place(value)) - shown > 0.06:
+                text = f"{value:.4g}" if isinstance(value, float) else str(value).replace("+", "+\n")
+                axes.text(n + 0.05, place, text, fontsize=6, va="center", bbox=_BACKGROUND)
+                shown = place
+    axes.set_xticks(range(len(axes_of)), [name.replace(".", ".\n") for name in axes_of], fontsize=6.5)
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    axes.set_title(f"trial {inside[-1].number}, the best of these on val, in red", fontsize=9)
+    figure.colorbar(
+        ScalarMappable(norm, colours), ax=axes, pad=0.04, fraction=0.03, label=f"best val {score}"
+    ).ax.tick_params(labelsize=6)
+    return _svg(figure)
+
+
+_BACKGROUND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
 
 
 def importances(trials: Sequence[Trial], space: Space) -> str | None:
@@ -75,7 +180,7 @@ def importances(trials: Sequence[Trial], space: Space) -> str | None:
     found = get_param_importances(study)
     names = list(found)[::-1]
     figure, axes = plt.subplots(figsize=(5.2, 0.9 + 0.2 * len(names)))
-    axes.barh(names, [found[n] for n in names], color="#1f77b4")
+    axes.barh(names, [found[n] for n in names], color=BLUE)
     axes.tick_params(labelsize=7)
     axes.set(xlabel="importance")
     return _svg(figure)
@@ -95,7 +200,7 @@ def against_score(trials: Sequence[Trial], space: Space) -> str | None:
         values = [str(t.point[path]) if axis.type == "categorical" else t.point[path] for t in inside]
         complement = axis.log == "complement"
         values = [1 - float(v) for v in values] if complement else values
-        axes.scatter(values, [t.best for t in inside], s=10, color="#1f77b4")
+        axes.scatter(values, [t.best for t in inside], s=10, color=BLUE)
         if axis.log:
             near_zero = {"linthresh": axis.low} if axis.zero and not complement else {}
             axes.set_xscale("symlog" if near_zero else "log", **near_zero)

@@ -10,18 +10,17 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import spearmanr
-
-from tuning import joint, plots
+from tuning import page, plots, registry
 from tuning.card import score
 from tuning.conclusion import PICTURE, RESULT
 from tuning.domain import past
-from tuning.listener import ENDED
+from tuning.findings import Findings, Trust, front, read
+from tuning.opening import opening
 from tuning.plan import COLUMNS, WORDS, Plan
 from tuning.replay import Past, replay
-from tuning.sampler import COST_METRICS
+from tuning.sampler import BEST_OF, COST_METRICS
 from tuning.study import PLAN, find_study
-from tuning.tracking import Tracker, Trial, trials
+from tuning.tracking import Tracker, Trial
 from wesam.errors import InputError
 
 PAGE, TABLE = "report.html", "report.md"
@@ -34,33 +33,15 @@ HEAD = ["domain", "split", "score", *COLUMNS.values(), "gap closed"]
 class Part:
     """A domain's part of a report."""
 
-    row: dict[str, Any]
-    trials: list[Trial]
-    curves: dict[int, plots.Curve]
+    found: Findings
     past: list[Past]
     """The trials, as a scheduler is told of them."""
-    trust: Trust | None
     picture: bytes | None
 
-
-@dataclass(frozen=True)
-class Trust:
-    """How well the label-free score would have chosen, where masks are known to tell."""
-
-    spearman: float
-    """Rank correlation, over the trials, of the best label-free score of each with the mIoU on val at that step."""
-    regret: float
-    """The best mIoU on val of all evaluations, Direct's too, less that of the one with the best label-free score."""
-
-    @classmethod
-    def of(cls, direct: tuple[float, float], trials: Sequence[Sequence[tuple[float, float]]]) -> Trust | None:
-        """From (label-free score, mIoU) of Direct and of each trial's evaluations; None for fewer than three trials."""
-        chosen = [max(t) for t in trials if t]
-        everything = [direct, *(e for t in trials for e in t)]
-        if len(chosen) < 3 or len({s for s, _ in chosen}) < 2 or len({m for _, m in chosen}) < 2:
-            return None
-        spearman = float(spearmanr([s for s, _ in chosen], [m for _, m in chosen]).statistic)
-        return cls(spearman, max(m for _, m in everything) - max(everything)[1])
+    @property
+    def row(self) -> dict[str, Any]:
+        """Of the result."""
+        return self.found.row
 
 
 @dataclass(frozen=True)
@@ -71,6 +52,8 @@ class Collected:
     plan: Plan
     tags: dict[str, str]
     parts: list[Part]
+    champions: dict[str, int]
+    """The version that is now each domain's champion."""
 
 
 def collect(tracker: Tracker, name: str) -> Collected:
@@ -81,28 +64,14 @@ def collect(tracker: Tracker, name: str) -> Collected:
         raise InputError(f"the study {name!r} has not come to its end: python -m tuning resume {name}")
     result = json.loads(files[RESULT])
     parts = [_part(tracker, row) for row in result["domains"] if "error" not in row]
-    return Collected(result, Plan.from_json(files[PLAN].decode()), dict(run.data.tags), parts)
+    held = {r["domain"]: registry.champion(tracker, r["domain"]) for r in result["domains"]}
+    champions = {domain: entry.version for domain, entry in held.items() if entry}
+    return Collected(result, Plan.from_json(files[PLAN].decode()), dict(run.data.tags), parts, champions)
 
 
 def _part(tracker: Tracker, row: dict[str, Any]) -> Part:
-    found = trials(tracker, row["trials_of"])
-
-    def curve(trial: Trial, called: str) -> plots.Curve:
-        name = joint.metric(f"val_{called}", row["domain"]) if row["joint"] else f"val_{called}"
-        return sorted((m.step, m.value) for m in tracker.client.get_metric_history(trial.run_id, name))
-
-    curves = {t.number: curve(t, row["val"]["score"]) for t in found}
-    pairs = [_pairs(curve(t, "label_free"), curve(t, "miou")) for t in found]
-    trust = Trust.of(pairs[0][0], [p[1:] for p in pairs]) if pairs and all(pairs) else None
-    return Part(
-        row, found, curves, [past(tracker, t) for t in found], trust, tracker.files(row["run_id"], "").get(PICTURE)
-    )
-
-
-def _pairs(scores: plots.Curve, mious: plots.Curve) -> list[tuple[float, float]]:
-    """Both scores of each evaluation that has both; the first is Direct's, at step 0."""
-    known = dict(mious)
-    return [(value, known[step]) for step, value in scores if step in known]
+    found = read(tracker, row)
+    return Part(found, [past(tracker, t) for t in found.trials], tracker.files(row["run_id"], "").get(PICTURE))
 
 
 def write(found: Collected, out: Path) -> None:
@@ -134,12 +103,13 @@ def share(part: float | None) -> str:
 
 
 def _markdown(found: Collected) -> str:
+    begun = opening(found.result, found.champions)
+    opened = [begun.searched, "\n".join(f"- {line}" for line in begun.found), begun.use]
     lines = [" | ".join(r) for r in (HEAD, ["---"] * len(HEAD), *_cells(found))]
     told = [f"- {p.row['domain']}: {p.row['outcome']}" for p in found.parts]
     told += [f"- {p.row['domain']}: {text}" for p in found.parts for text in _told(p, found.plan)]
-    return f"# Study {found.result['study']}\n\n{_about(found)}\n\n" + "\n".join(
-        [*(f"| {line} |" for line in lines), "", *told, ""]
-    )
+    body = [*(f"| {line} |" for line in lines), "", _about(found), "", *told, ""]
+    return "\n\n".join([f"# Study {found.result['study']}", *(o for o in opened if o), "\n".join(body)])
 
 
 def _about(found: Collected) -> str:
@@ -157,55 +127,37 @@ def _about(found: Collected) -> str:
     return f"{text} Best found and Supervised on test: mean and standard deviation over {seeds} other seeds."
 
 
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0 } th, td { padding: .3em .8em; text-align: left }
-tr { border-bottom: 1px solid #ddd } .plots { display: flex; flex-wrap: wrap; gap: 1em } img, svg { max-width: 100% }
-code { background: #f3f3f3; padding: 0 .3em } small { color: #666 }
-"""
-
-
 def _page(found: Collected) -> str:
-    name = escape(found.result["study"])
-    failed = [r for r in found.result["domains"] if "error" in r]
-    body = [f"<h1>Study {name}</h1><p>{escape(_about(found))}</p>", _table(HEAD, _cells(found))]
-    body += [f"<p><b>{escape(r['domain'])}</b> failed: {escape(r['error'])}</p>" for r in failed]
-    body += [_domain(p, found.plan) for p in found.parts]
+    name, begun = found.result["study"], opening(found.result, found.champions)
+    body = [f"<h1>Study {escape(name)}</h1><p>{page.text(begun.searched)}</p>"]
+    body += [f"<ul>{''.join(f'<li>{page.text(line)}</li>' for line in begun.found)}</ul>"]
+    body += [f"<p><b>{page.text(begun.use)}</b></p>"] if begun.use else []
+    body.append(page.table(HEAD, _cells(found)))
+    body += [f"<p><small>{escape(_about(found))}</small></p>", *(_domain(p, found.plan) for p in found.parts)]
     versions = ", ".join(f"{k.removeprefix('version.')} {v}" for k, v in sorted(found.tags.items()) if "version." in k)
     commit = found.tags.get("mlflow.source.git.commit", "unknown")
     body.append(f"<p><small>run {found.result['run_id']}; commit {escape(commit)}; {escape(versions)}</small></p>")
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Study {name}</title>'
-        f"<style>{_STYLE}</style>{''.join(body)}</html>\n"
-    )
+    return page.document(f"Study {name}", "".join(body))
 
 
 def _domain(part: Part, plan: Plan) -> str:
-    row, val = part.row, part.row["val"]
+    row = part.row
     out = [f"<h2>{escape(row['domain'])}</h2><p>{escape(row['outcome'])}</p>"]
     out += [f"<p>{escape(text)}</p>" for text in _told(part, plan)]
     if part.picture:
         data = base64.b64encode(part.picture).decode()
         out.append(f'<img alt="before and after adaptation" src="data:image/png;base64,{data}">')
-    if part.trials:
-        drawings = [
-            plots.by_trial(part.trials, 0.0, None, joint.JOINTLY[row["joint"]])
-            if row["joint"]
-            else plots.by_trial(part.trials, val["direct"], val["ellipse"], WORDS[val["score"]]),
-            plots.by_step(part.curves, row["best_trial"], WORDS[val["score"]]),
-            plots.importances(part.trials, plan.space),
-            plots.against_score(part.trials, plan.space),
-        ]
-        out.append(f'<div class="plots">{"".join(d for d in drawings if d)}</div>')
-        out.append(_trials(part, plan))
+    if part.found.trials:
+        out.append(f'<div class="plots">{"".join(plots.drawings(part.found, plan).values())}</div>')
+        out.append(f"<details><summary>all trials</summary>{page.trials(part.found, plan.space)}</details>")
     return "".join(out)
 
 
 def _told(part: Part, plan: Plan) -> list[str]:
     """What there is to say of a domain, beside its outcome."""
+    trust, trials = part.found.trust, part.found.trials
     told = [
-        _gap(part.row), _cost(part, plan), _trusted(part.trust) if part.trust else None, _warmth(part.trials),
-        _front(part, plan),
+        _gap(part.row), _cost(part, plan), _trusted(trust) if trust else None, _warmth(trials), _front(trials, plan)
     ]  # fmt: skip
     return [text for text in told if text]
 
@@ -232,26 +184,21 @@ def _cost(part: Part, plan: Plan) -> str:
         full = cost["full_steps"]
         return f"{said}, {share(cost['steps'] / full)} of the {full} that all its trials to their ends would take."
     left = replay(plan, part.past)
-    best = max(t.best for t in part.trials)
+    best = max(t.best for t in part.found.trials)
     return (
         f"{said}. Replayed with ASHA, the same trials take {left.steps} steps ({share(left.steps / cost['steps'])}), "
         f"and the best of them on val is {100 * (best - left.best):.1f} points behind."
     )
 
 
-def _front(part: Part, plan: Plan) -> str | None:
+def _front(trials: Sequence[Trial], plan: Plan) -> str | None:
     """The trials that no other one beats in everything that the study was to make large or small."""
     if not plan.minimize:
         return None
     names = [COST_METRICS[c] for c in plan.minimize]
-    rows = [(t, (-t.best, *(t.metrics[n] for n in names))) for t in part.trials]
-    front = [
-        (t, values) for t, values in rows
-        if not any(all(a <= b for a, b in zip(o, values, strict=True)) and o != values for _, o in rows)
-    ]  # fmt: skip
     said = [
-        f"trial {t.number} ({t.best:.3f}; " + ", ".join(f"{n} {v:.3g}" for n, v in zip(names, v[1:], strict=True)) + ")"
-        for t, v in sorted(front, key=lambda f: f[1])
+        f"trial {t.number} ({t.best:.3f}; {', '.join(f'{n} {t.metrics[n]:.3g}' for n in names)})"
+        for t in front(trials, names)
     ]
     return f"Pareto front on val: {'; '.join(said)}."
 
@@ -265,7 +212,7 @@ def _trusted(trust: Trust) -> str:
 
 def _warmth(trials: Sequence[Trial]) -> str | None:
     """What the trials that other studies gave were worth, by the search's own trials after them."""
-    given = [t for t in trials if t.label.startswith("best of ")]
+    given = [t for t in trials if t.label.startswith(BEST_OF)]
     if not given:
         return None
     best = max(given, key=lambda t: t.best)
@@ -276,26 +223,3 @@ def _warmth(trials: Sequence[Trial]) -> str | None:
         return said + f"none of the search's own {len(own)} trials is as good."
     needed = sum(t.step for t in own[: behind + 1])
     return said + f"the search's own trials took {behind + 1} and {needed} steps to be as good."
-
-
-def _trials(part: Part, plan: Plan) -> str:
-    head = ["trial", "best on val", "at step", "", *plan.space]
-    rows = []
-    for t in sorted(part.trials, key=lambda t: -t.best):
-        named = t.label if t.reference or t.label.startswith("best of ") else ""
-        note = ", ".join(n for n in (named, ENDED.get(t.ended, "")) if n)
-        rows.append([str(t.number), score(t.best), str(t.best_step), note, *(_short(t.config[p]) for p in plan.space)])
-    return f"<details><summary>all trials</summary>{_table(head, rows)}</details>"
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    cells = "".join(f"<th>{escape(h)}</th>" for h in head)
-    lines = "".join(f"<tr>{''.join(f'<td>{escape(c)}</td>' for c in r)}</tr>" for r in rows)
-    return f"<table><tr>{cells}</tr>{lines}</table>"
-
-
-def _short(text: str) -> str:
-    try:
-        return f"{float(text):.3g}"
-    except ValueError:
-        return text

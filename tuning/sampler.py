@@ -25,6 +25,12 @@ Point = dict[str, Value]
 Params = dict[str, Any]
 """The same as Optuna has it: some axes are two parameters there."""
 
+SEARCHED, AIDED, BEST_OF = "searched", "model's defaults with box aids", "best of "
+"""What trials are called that are no references; after the last one comes where that was found."""
+
+MOVED = 0.3
+"""The share of the hyperparameters in which a trial near the best one differs from it."""
+
 COST_METRICS = {"size": "adapter_mb", "seconds": "seconds_per_step"}
 """What a cost is called in MLflow."""
 
@@ -96,36 +102,45 @@ def startup(plan: Plan) -> int:
 
 
 def enqueue(study: optuna.Study, plan: Plan, references: Iterable[str]) -> None:
-    """Has the study begin with the references that lie in the space, what other studies found best, with boxes the
-    model's defaults with box aids, and variants of both defaults, each with about half of its values drawn anew.
+    """Has the study begin with the references that lie in the space, what other studies found best and, with boxes, the
+    model's defaults with box aids.
     """
     known = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("study") == plan.name]
     waiting = {t.user_attrs.get("reference") for t in known if t.state == TrialState.WAITING}
-    first = 0
     for reference in references:
         point = plan.point(reference)
         if point is not None and reference not in waiting:
-            first += 1
             attrs = {"reference": reference, "study": plan.name}
             study.enqueue_trial(encoded(plan.space, point), user_attrs=attrs)
     if known:  # the rest is in the queue since the study began
         return
     for source, flat in plan.warm:
         point = plan.nearest(flat)
-        first += 1
-        study.enqueue_trial(encoded(plan.space, point), user_attrs={"from": source, "study": plan.name})
-    defaults = plan.point("defaults")
-    if defaults is None or plan.sampler == "random":
+        study.enqueue_trial(encoded(plan.space, point), user_attrs={"label": BEST_OF + source, "study": plan.name})
+    if plan.sampler != "random" and (aided := plan.aided()):
+        study.enqueue_trial(encoded(plan.space, aided), user_attrs={"label": AIDED, "study": plan.name})
+
+
+def go_near(study: optuna.Study, plan: Plan, number: int) -> None:
+    """Has the study try a point near its best one as this trial: in each trial until the sampler has enough to learn
+    from, and from then on in each second one. What is in the queue comes first.
+
+    In a space of many dimensions a few trials tell a sampler little; a few steps from what is good are mostly not bad.
+    """
+    if plan.sampler == "random" or (number > startup(plan) and number % 2):
         return
-    aided = plan.aided()
-    if aided and first < startup(plan):
-        first += 1
-        study.enqueue_trial(encoded(plan.space, aided), user_attrs={"study": plan.name})
-    generator = random.Random(plan.base.seed)
-    for n in range(startup(plan) - first):
-        drawn = {p: axis.draw(generator) for p, axis in plan.space.items() if generator.random() < 0.5}
-        start = aided if aided and n % 2 == 0 else defaults
-        study.enqueue_trial(encoded(plan.space, {**start, **drawn}), user_attrs={"study": plan.name})
+    known = study.get_trials(deepcopy=False)
+    if any(t.state == TrialState.WAITING and t.user_attrs.get("study") == plan.name for t in known):
+        return
+    done = [t for t in known if t.state == TrialState.COMPLETE]
+    best = max(done, key=lambda t: t.values[0], default=None)
+    start = decoded(plan.space, best.params) if best else plan.aided() or plan.point("defaults")
+    if start is None:
+        return
+    generator = random.Random(1_000_003 * plan.base.seed + number)
+    moved = {p for p in plan.space if generator.random() < MOVED} or {generator.choice(list(plan.space))}
+    point = {p: axis.near(start[p], generator) if p in moved else start[p] for p, axis in plan.space.items()}
+    study.enqueue_trial(encoded(plan.space, point), user_attrs={"study": plan.name})
 
 
 def catch_up(study: optuna.Study, plan: Plan, done: Iterable[Trial], unfinished: Iterable[Mapping[str, Any]]) -> None:
@@ -161,6 +176,11 @@ def encoded(space: Space, point: Mapping[str, Value]) -> Params:
     return {name: value for path, axis in space.items() for name, (_, value) in _coded(path, axis, point[path]).items()}
 
 
+def decoded(space: Space, params: Mapping[str, Any]) -> Point:
+    """The point that :func:`encoded` wrote."""
+    return {path: _decoded(path, axis, params) for path, axis in space.items()}
+
+
 def distributions(space: Space, point: Mapping[str, Value]) -> dict[str, BaseDistribution]:
     """Those of the parameters that the point has."""
     return {name: d for path, axis in space.items() for name, (d, _) in _coded(path, axis, point[path]).items()}
@@ -176,6 +196,13 @@ def _suggest(trial: optuna.Trial, path: str, axis: Axis) -> Value:
         return trial.suggest_int(name, d.low, d.high, log=d.log)
     value = trial.suggest_float(name, d.low, d.high, log=d.log)
     return _round(1 - value) if axis.log == "complement" else value
+
+
+def _decoded(path: str, axis: Axis, params: Mapping[str, Any]) -> Value:
+    if axis.zero and not params[f"{path} > 0"]:
+        return 0 if axis.type == "int" else 0.0
+    value = params[_parameter(path, axis)[0]]
+    return _round(1 - value) if axis.log == "complement" else cast(Value, value)
 
 
 def _coded(path: str, axis: Axis, value: Value) -> dict[str, tuple[BaseDistribution, Any]]:

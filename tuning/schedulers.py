@@ -11,10 +11,13 @@ from tuning.budget import Budget
 from tuning.plan import Plan
 from tuning.trainer import METRIC
 
+KEPT = "paper"
+"""The reference that has a column of its own in the result, and so all of its steps."""
+
 
 class Stopping(TrialScheduler):
-    """Beside one of Tune's schedulers: never stops a reference, with which all are compared, what confirms a search,
-    nor a trial at its last step.
+    """Beside one of Tune's schedulers: never stops the trial with the paper's hyperparameters, with which all others
+    are compared, what confirms a search, nor a trial at its last step.
 
     When the budget is spent, it stops whatever of the search has been evaluated.
     """
@@ -35,7 +38,7 @@ class Stopping(TrialScheduler):
         if self._budget.over():
             self.stopped[trial.trial_id] = "budget"
             return TrialScheduler.STOP
-        if decision == TrialScheduler.STOP and "reference" not in trial.config:
+        if decision == TrialScheduler.STOP and trial.config.get("reference") != KEPT:
             self.stopped[trial.trial_id] = "pruned"
             return TrialScheduler.STOP
         return TrialScheduler.CONTINUE  # nor is any paused for others to catch up

@@ -12,7 +12,7 @@ from ray.tune.search import Searcher
 from tuning.budget import Budget
 from tuning.confirm import Confirmation, Proposal
 from tuning.plan import Plan
-from tuning.sampler import Point, ask
+from tuning.sampler import SEARCHED, Point, ask, go_near
 from tuning.trainer import METRIC
 
 LABELS = {"paper": "paper's hyperparameters", "defaults": "model's defaults"}
@@ -68,18 +68,19 @@ class Search(Searcher):
     def _next(self, trial_id: str, number: int) -> Proposal:
         if self._references:
             return self._proposal(number, None, self._references.pop(0))
+        go_near(self._study, self._plan, number)
         trial = self._study.ask()
         self._trials[trial_id] = trial
         point = ask(trial, self._plan.space)
         for key, value in (("study", self._plan.name), ("number", number)):
             trial.set_user_attr(key, value)
-        found = self._proposal(number, point, trial.user_attrs.get("reference"), trial.user_attrs.get("from"))
+        found = self._proposal(number, point, trial.user_attrs.get("reference"), trial.user_attrs.get("label"))
         return {**found, "optuna": trial.number}
 
     def _proposal(
-        self, number: int, point: Point | None, reference: str | None = None, source: str | None = None
+        self, number: int, point: Point | None, reference: str | None = None, label: str | None = None
     ) -> Proposal:
-        label = LABELS[reference] if reference else f"best of {source}" if source else "searched"
+        label = LABELS[reference] if reference else label or SEARCHED
         config = self._plan.config(reference, point or {}).flat()
         found: Proposal = {"number": number, "label": label, "config": config, "point": point}
         return found | ({"reference": reference} if reference else {})

@@ -55,16 +55,44 @@ class Axis:
         assert self.high is not None
         return self.low, self.high
 
-    def draw(self, generator: random.Random) -> Value:
-        """A value at random."""
+    def place(self, value: Value) -> float:
+        """Where the value lies on a line from 0 to 1 on which draws are uniform; a 0 below the range is its foot."""
         if self.type == "categorical":
-            return generator.choice(self.choices)
-        if self.zero and generator.random() < 0.5:
+            return self.choices.index(value) / max(1, len(self.choices) - 1)
+        if self.zero and value == 0:
+            return 0.0
+        low, high, mine = (_to_line(float(v), self.log) for v in (*self.bounds, value))
+        share = (mine - low) / (high - low) if high != low else 0.5
+        return FOOT + (1 - FOOT) * share if self.zero else share
+
+    def at(self, place: float) -> Value:
+        """The value at a place, beyond whose ends are the ends; what :meth:`place` undoes."""
+        if self.type == "categorical":
+            return self.choices[round(min(max(place, 0), 1) * (len(self.choices) - 1))]
+        if self.zero and place < FOOT / 2:
             return 0 if self.type == "int" else 0.0
         low, high = self.bounds
-        value = _from_line(generator.uniform(_to_line(low, self.log), _to_line(high, self.log)), self.log)
+        share = min(max((place - FOOT) / (1 - FOOT) if self.zero else place, 0), 1)
+        value = _from_line(
+            _to_line(low, self.log) + share * (_to_line(high, self.log) - _to_line(low, self.log)), self.log
+        )
         value = min(max(value, low), high)
         return round(value) if self.type == "int" else value
+
+    def near(self, value: Value, generator: random.Random) -> Value:
+        """A value nearby: a step on the line, normally distributed; another choice, where there is no line."""
+        if self.type == "categorical":
+            return generator.choice([c for c in self.choices if c != value] or [value])
+        return self.at(self.place(value) + generator.gauss(0, STEP))
+
+    def marks(self) -> list[Value]:
+        """A few values to label it with: all choices; the ends, the middle or the powers of ten between them, and 0."""
+        if self.type == "categorical":
+            return list(self.choices)
+        low, high = self.bounds
+        powers = [10.0**n for n in range(-9, 10)] if self.log else [(low + high) / 2]
+        inside = sorted(round(1 - p, 9) if self.log == "complement" else p for p in powers)
+        return [*([0] if self.zero else []), low, *(p for p in inside if low < p < high), high]
 
 
 def _to_line(value: float, log: Log) -> float:
@@ -74,6 +102,12 @@ def _to_line(value: float, log: Log) -> float:
 def _from_line(value: float, log: Log) -> float:
     return value if not log else 1 - math.exp(value) if log == "complement" else math.exp(value)
 
+
+FOOT = 0.15
+"""The part of a line that lies between a 0 and the range above it."""
+
+STEP = 0.15
+"""The standard deviation of a step to a value nearby."""
 
 Space = dict[str, Axis]
 

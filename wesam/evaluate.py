@@ -108,20 +108,32 @@ RING = 3.0
 """The part of the image beside an object from which the clicks beside it were drawn, in areas of the object."""
 
 
-def label_free(masks: Tensor, prompts: Prompts, mirrored: Tensor | None = None) -> Tensor:
+LOOSER = 1.15
+"""By how much the looser box of the label-free score is longer than the given one."""
+
+
+def label_free(
+    masks: Tensor, prompts: Prompts, mirrored: Tensor | None = None, looser: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """How right masks, bool [N, H, W], seem by the weak labels that they answer alone, [N], 0..1; no truth is asked.
 
-    mirrored: the masks for the mirrored image, mirrored back; asked for with boxes. The score is, with
+    mirrored: the masks for the mirrored image, mirrored back. looser: the masks for boxes that are longer by
+    :data:`LOOSER` about the same centres. Both are asked for with boxes. The score is, with
 
-    - boxes: IoU of the mask's tight box and the given one, times IoU of the mask and the mirrored one. The first says
-      nothing about what happens inside the box; the second alone would reward masks that hold nothing, or everything.
+    - boxes: IoU of the mask's tight box and the given one, times the same for the mask of the looser box, times IoU of
+      the mask and the mirrored one. The first says nothing about what happens inside the box, and would reward masks
+      that fill whatever box they are shown, which the second gives away: it asks for a box that the model was not
+      told. The third alone would reward masks that hold nothing, or everything.
     - clicks: the IoU that they let expect, r / (1 + RING * f), where r of the clicks on the object lie in the mask and
       f of those beside it.
     - polygons: IoU of the mask and the polygon filled.
     """
     if prompts.boxes is not None:
-        inside = _box_iou(tight_boxes(masks).double(), prompts.boxes.double())
-        return inside if mirrored is None else inside * _same(masks, mirrored)
+        given = prompts.boxes.double()
+        score = _box_iou(tight_boxes(masks).double(), given)
+        if looser is not None:
+            score = score * _box_iou(tight_boxes(looser).double(), given)
+        return score if mirrored is None else score * _same(masks, mirrored)
     if prompts.polygons is not None:
         return overlap(masks, prompts.filled((masks.shape[1], masks.shape[2])))[0]
     assert prompts.points is not None
@@ -159,12 +171,21 @@ def predict(
     image, None does as the model was adapted. Returns masks, bool [N, H, W], and the IoU that the model predicts for
     each, float [N].
     """
-    sam = model if isinstance(model, Sam) else model.sam
+    crop = _crop(model, crop)
+    where = windows(prompts, (image.shape[1], image.shape[2]), crop) if crop else None
+    return _predict(model if isinstance(model, Sam) else model.sam, image, prompts, where)
+
+
+def _crop(model: Sam | HasSam, crop: float | None) -> float:
+    """The crop that is asked for, or the model's own."""
+    return crop if crop is not None else 0.0 if isinstance(model, Sam) else model.crop
+
+
+def _predict(sam: Sam, image: Tensor, prompts: Prompts, where: Tensor | None) -> tuple[Tensor, Tensor]:
+    """:func:`predict` with each prompt in the window of the same place, int [N, 4]; None shows the whole image."""
+    if where is not None:
+        return _predict_windows(sam, image, prompts, where)
     side: int = sam.image_encoder.img_size
-    if crop is None:
-        crop = 0.0 if isinstance(model, Sam) else model.crop
-    if crop:
-        return _predict_windows(sam, image, prompts, crop)
     small = resize(image, side)
     given = prompts.scaled(side / max(image.shape[1:]))
     embedding = encode(sam, [small])
@@ -177,26 +198,28 @@ def predict(
     return torch.cat(masks), torch.cat(ious)
 
 
-def _predict_windows(sam: Sam, image: Tensor, prompts: Prompts, crop: float) -> tuple[Tensor, Tensor]:
-    """:func:`predict` with each prompt in a window of its own; nothing is foreground outside of it."""
+def _predict_windows(sam: Sam, image: Tensor, prompts: Prompts, where: Tensor) -> tuple[Tensor, Tensor]:
+    """Nothing is foreground outside of a prompt's window; one that several share is encoded once."""
     side: int = sam.image_encoder.img_size
-    where = windows(prompts, (image.shape[1], image.shape[2]), crop)
     masks = torch.zeros(len(prompts), *image.shape[1:], dtype=torch.bool)
-    ious = []
-    for part in torch.arange(len(prompts)).split(WINDOWS):
-        images = [cut(image, where[i]) for i in part]
+    ious = torch.zeros(len(prompts))
+    shown, which = torch.unique(where, dim=0, return_inverse=True)
+    for part in torch.arange(len(shown)).split(WINDOWS):
+        images = [cut(image, shown[w]) for w in part]
         small = [resize(x, side) for x in images]
+        asked = [(which == w).nonzero()[:, 0] for w in part]
         given = [
-            prompts[i[None]].seen_in(where[i]).scaled(side / max(x.shape[1:]))
-            for i, x in zip(part, images, strict=True)
+            prompts[i].seen_in(shown[w]).scaled(side / max(x.shape[1:]))
+            for i, w, x in zip(asked, part, images, strict=True)
         ]
         out = decode(sam, encode(sam, small), given)
-        for n, i in enumerate(part):
-            sizes = [(int(x.shape[1]), int(x.shape[2])) for x in (small[n], images[n])]
-            found = upscale(out.logits[n : n + 1], side, *sizes)[0] > 0
-            cut(masks[i], where[i])[:] = found.cpu()
-        ious.append(out.iou.cpu())
-    return masks, torch.cat(ious)
+        sizes = [(int(x.shape[1]), int(x.shape[2])) for x in images]
+        for i, logits, x, size in zip(asked, out.logits.split([len(i) for i in asked]), small, sizes, strict=True):
+            found = upscale(logits, side, (int(x.shape[1]), int(x.shape[2])), size) > 0
+            for place, mask in zip(i, found.cpu(), strict=True):
+                cut(masks[place], where[place])[:] = mask
+        ious[torch.cat(asked)] = out.iou.cpu()
+    return masks, ious
 
 
 def evaluate(
@@ -227,29 +250,35 @@ def measure(
 ) -> list[dict[str, Tensor]]:
     """Each image's scores by name, each [N]; the arguments are those of :func:`evaluate`."""
     out = []
-    if crop is None:
-        crop = 0.0 if isinstance(model, Sam) else model.crop
+    crop = _crop(model, crop)
     for i in range(len(split)):
         sample = split[i]
         given = sample.weak_labels(prompt)
-        masks, _ = predict(model, sample.image, given, crop=crop)
-        scores = {"collapsed": _collapsed(masks, given, crop)}
+        if label_free or not sample.has_masks:
+            masks, found = _label_free(model, sample.image, given, crop)
+            scores = {"label_free": found}
+        else:
+            masks, scores = predict(model, sample.image, given, crop=crop)[0], {}
+        scores["collapsed"] = _collapsed(masks, given, crop)
         if sample.has_masks:
             scores |= _against(masks, sample.masks)
-        if label_free or not sample.has_masks:
-            scores["label_free"] = _label_free(model, sample.image, given, crop, masks)
         out.append(scores)
         if progress:
             progress(i + 1, len(split))
     return out
 
 
-def _label_free(model: Sam | HasSam, image: Tensor, given: Prompts, crop: float, masks: Tensor) -> Tensor:
+def _label_free(model: Sam | HasSam, image: Tensor, given: Prompts, crop: float) -> tuple[Tensor, Tensor]:
+    """The masks for the prompts, and their label-free scores."""
     if given.boxes is None:
-        return label_free(masks, given)
+        masks, _ = predict(model, image, given, crop=crop)
+        return masks, label_free(masks, given)
     size = (int(image.shape[1]), int(image.shape[2]))
+    asked = Prompts.concatenate([given, given.longer(LOOSER)])
+    where = windows(given, size, crop).repeat(2, 1) if crop else None
+    masks, looser = _predict(model if isinstance(model, Sam) else model.sam, image, asked, where)[0].chunk(2)
     mirrored, _ = predict(model, flip(image, True, False), given.flipped(True, False, size), crop=crop)
-    return label_free(masks, given, flip(mirrored, True, False))
+    return masks, label_free(masks, given, flip(mirrored, True, False), looser)
 
 
 def baseline(kind: Literal["box", "ellipse"], split: Sequence[Sample]) -> Scores:

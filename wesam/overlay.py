@@ -78,19 +78,32 @@ def contact_sheet(
     return sheet(rows, [title] + [""] * (min(columns, count) - 1), cell)
 
 
-def sheet(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], cell: int = 224) -> Image.Image:
-    """Pictures in a grid, a title over each column; every picture is scaled to fit a square cell of this side."""
+def sheet(
+    rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], cell: int = 224, captions: Sequence[str] = ()
+) -> Image.Image:
+    """Pictures in a grid, a title over each column and, if given, a caption over each row; every picture is scaled to
+    fit a square cell of this side.
+    """
     head, gap = 26, 6
+    fitted = [[_fitted(picture, cell) for picture in row] for row in rows]
+    heights = [max((picture.height for picture in row), default=0) for row in fitted]
     width = len(titles) * (cell + gap) + gap
-    page = Image.new("RGB", (width, head + len(rows) * (cell + gap) + gap), "white")
+    page = Image.new("RGB", (width, head + sum(h + gap for h in heights) + len(captions) * head + gap), "white")
     pen = ImageDraw.Draw(page)
     for c, title in enumerate(titles):
         pen.text((gap + c * (cell + gap) + 2, 5), title, fill="black", font_size=15)
-    for r, row in enumerate(rows):
+    y = head
+    for r, row in enumerate(fitted):
+        if captions:
+            pen.text((gap + 2, y + 6), captions[r], fill="#444444", font_size=13)
+            y += head
         for c, picture in enumerate(row):
-            factor = cell / max(picture.size)
-            fitted = picture.resize(
-                (round(picture.width * factor), round(picture.height * factor)), Image.Resampling.LANCZOS
-            )
-            page.paste(fitted, (gap + c * (cell + gap), head + r * (cell + gap)))
+            page.paste(picture, (gap + c * (cell + gap), y))
+        y += heights[r] + gap
     return page
+
+
+def _fitted(picture: Image.Image, cell: int) -> Image.Image:
+    factor = cell / max(picture.size)
+    size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
+    return picture.resize(size, Image.Resampling.LANCZOS)

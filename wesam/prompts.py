@@ -84,6 +84,12 @@ class Prompts:
             polygons=None if self.polygons is None else tuple(p * sign + at for p in self.polygons),
         )
 
+    def longer(self, factor: float) -> Self:
+        """Boxes whose sides are this many times as long, about the same centres; they may reach beyond the image."""
+        assert self.boxes is not None
+        centre, half = (self.boxes[:, :2] + self.boxes[:, 2:]) / 2, (self.boxes[:, 2:] - self.boxes[:, :2]) / 2
+        return replace(self, boxes=torch.cat([centre - factor * half, centre + factor * half], 1))
+
     def noisy(self, amount: float, generator: torch.Generator) -> Self:
         """The prompts as a careless person might have given them; 0 changes nothing.
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tuning import page, plots
 from tuning.conclusion import missing
-from tuning.report import Trust, _warmth
+from tuning.findings import Findings, Trust, front
+from tuning.opening import Opening, opening
+from tuning.plan import Plan, make_plan
+from tuning.report import _front, _warmth
+from tuning.space import Axis
 from tuning.tracking import Trial
 
 
@@ -52,3 +60,124 @@ def test_what_a_warm_start_was_worth_is_told_by_the_trials_after_it() -> None:
     assert "trial 3, the best of a/y, has 0.700" in told
     assert "took 2 and 40 steps" in told
     assert "none of the search's own 1 trials" in (_warmth([*first, trial(4, 0.5)]) or "")
+
+
+def row(**changed: Any) -> dict[str, Any]:
+    """A domain's line of the result, of a search that found something."""
+    known = {
+        "domain": "nuclei", "joint": "", "score": "miou", "box_filled": 0.4, "ellipse": 0.5, "direct": 0.6,
+        "paper": 0.62, "best": 0.65, "best_sd": 0.01, "best_trial": 3, "version": 2,
+        "val": {"score": "miou", "direct": 0.6, "ellipse": 0.5},
+    }  # fmt: skip
+    return {**known, **changed}
+
+
+def begun(*rows: dict[str, Any], prompt: str = "box", **champions: int) -> Opening:
+    result = {"model": "nano", "prompt": prompt, "trials": 8, "steps": 60, "seeds": 3, "domains": list(rows)}
+    return opening(result, champions)
+
+
+def test_a_report_begins_with_what_was_searched_found_and_is_to_be_used() -> None:
+    told = begun(row(), row(domain="cells", best=0.6, best_trial=None), nuclei=2)
+    assert "of the model nano was sought for the domains nuclei and cells, with box prompts: 8 trials" in told.searched
+    assert told.found == [
+        "nuclei: the best found has 0.650 ± 0.010, 5.0 points above Direct (0.600) and 3.0 points above the paper's "
+        "hyperparameters (0.620).",
+        "cells: no adapter beat Direct (0.600).",
+    ]
+    assert told.use == (
+        "Use the adapter for nuclei: `python -m tuning best nuclei --out DIR` writes it, with its configuration and "
+        "its card. For cells use the model as it is."
+    )
+    assert begun({"domain": "x", "error": "no room"}) == replace(
+        begun(row(domain="x")), found=["x: the search failed (no room)."], use=""
+    )
+
+
+@pytest.mark.parametrize(
+    ("changed", "found", "use"),
+    [
+        ({"best_sd": 0.06}, "smaller than the spread over seeds (6.0 points)", "may help, or may not"),
+        ({"best_sd": None, "paper": None}, "(0.600). Its spread over seeds is not known.", "Use the adapter"),
+        ({"best": 0.59}, "1.0 points below Direct (0.600)", "use the model as it is"),
+        ({"ellipse": 0.7}, "But an ellipse drawn in the box has 0.700 and needs no model.", "use no model at all"),
+        ({"box_filled": 0.65}, "But the box filled has 0.650", "use no model at all"),
+        ({"score": "label_free", "ellipse": None, "box_filled": None}, "(no masks are known)", "Use the adapter"),
+        ({"version": 1}, "5.0 points above", "version 2, is champion"),
+    ],
+)
+def test_what_speaks_against_an_adapter_is_said(changed: dict[str, Any], found: str, use: str) -> None:
+    told = begun(row(**changed), nuclei=2)
+    assert found in told.found[0]
+    assert use in told.use
+
+
+def test_where_no_box_is_given_none_can_be_drawn_in() -> None:
+    told = begun(row(ellipse=0.7), prompt="point")
+    assert "an ellipse drawn in the box, where one is given, has 0.700" in told.found[0]
+    assert "Use the adapter" in told.use
+
+
+def searched(tmp_path: Path, **settings: Any) -> tuple[Findings, Plan]:
+    """A search with eight made-up trials, the first of them outside of the space."""
+    plan = make_plan({"domains": ["camouflaged"], "name": "s", "storage": str(tmp_path), **settings}, [])
+    generator = random.Random(0)
+    found = []
+    for n in range(1, 9):
+        point = {p: axis.at(generator.random()) for p, axis in plan.space.items()}
+        found.append(
+            replace(
+                trial(n, 0.6 + 0.01 * n, reference="paper" if n == 1 else None),
+                point={} if n == 1 else point, config={p: str(v) for p, v in point.items()},
+                metrics={"adapter_mb": 9.0 if n == 7 else float(n), "seconds_per_step": 1.0},
+            )
+        )  # fmt: skip
+    curves = {t.number: [(0, 0.6), (10, t.best)] for t in found}
+    pairs = [[(0.5, 0.6), (0.5 + 0.01 * (t.number % 4), t.best)] for t in found]
+    return Findings(row(best_trial=8), found, curves, pairs), plan
+
+
+def test_all_drawings_are_made_where_there_is_something_to_draw(tmp_path: Path) -> None:
+    found, plan = searched(tmp_path, minimize=["size", "seconds"])
+    drawn = plots.drawings(found, plan)
+    assert list(drawn) == [
+        "history.svg", "steps.svg", "label-free.svg", "pareto.svg", "parallel-coordinates.svg", "hyperparameters.svg"
+    ]  # fmt: skip
+    assert all(svg.startswith("<svg") for svg in drawn.values())
+    hopeless = [replace(t, best=0.1 + 0.01 * t.number) for t in found.trials]
+    assert "parallel-coordinates.svg" in plots.drawings(replace(found, trials=hopeless), plan)
+    little = replace(found, trials=found.trials[:1], pairs=[[]])
+    assert list(plots.drawings(little, make_plan({"domains": ["camouflaged"]}, []))) == ["history.svg", "steps.svg"]
+
+
+def test_the_front_has_what_nothing_beats_in_score_and_costs(tmp_path: Path) -> None:
+    found, plan = searched(tmp_path, minimize=["size", "seconds"])
+    assert [t.number for t in front(found.trials, ["adapter_mb"])] == [8, 6, 5, 4, 3, 2, 1]
+    told = _front(found.trials, plan)
+    assert told is not None
+    assert told.startswith("Pareto front on val: trial 8 (0.680; adapter_mb 8, seconds_per_step 1); trial 6")
+    assert _front(found.trials, replace(plan, minimize=())) is None
+
+
+def test_the_table_of_trials_names_them_and_has_the_best_first(tmp_path: Path) -> None:
+    found, plan = searched(tmp_path)
+    found.trials[2] = replace(found.trials[2], label="model's defaults with box aids", ended="pruned")
+    told = page.trials(found, plan.space)
+    assert told.index("<td>8</td>") < told.index("<td>1</td>")
+    assert told.count("class=best") == 1
+    assert "model&#x27;s defaults with box aids, stopped early" in told
+    assert "searched" not in told
+
+
+def test_places_on_an_axis_are_even_where_draws_are() -> None:
+    assert Axis(type="float", low=0.01, high=1, log=True).place(0.1) == pytest.approx(0.5)
+    decay = Axis(type="float", low=0.9, high=0.999, log="complement", zero=True)
+    assert (decay.place(0), decay.place(0.9), decay.place(0.999)) == (0, pytest.approx(0.15), pytest.approx(1))
+    assert decay.place(0.99) == pytest.approx((0.15 + 1) / 2)
+    assert decay.marks() == [0, 0.9, 0.99, 0.999]
+    assert Axis(type="categorical", choices=("a", "b", "c")).place("b") == 0.5
+    assert Axis(type="float", low=2, high=2).place(2) == 0.5
+
+
+def test_code_in_a_sentence_is_marked_and_the_rest_is_plain() -> None:
+    assert page.text("run `a <b>` & go") == "run <code>a &lt;b&gt;</code> &amp; go"

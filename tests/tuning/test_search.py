@@ -17,7 +17,18 @@ from tuning.budget import Budget
 from tuning.confirm import Confirmation, winner
 from tuning.plan import REFERENCES, Plan, make_plan, shown
 from tuning.replay import _NOTHING_RUNS, Past, Replayed, _Trial, replay, tell
-from tuning.sampler import ask, catch_up, distributions, encoded, enqueue, open_storage, open_study
+from tuning.sampler import (
+    ask,
+    catch_up,
+    decoded,
+    distributions,
+    encoded,
+    enqueue,
+    go_near,
+    open_storage,
+    open_study,
+    startup,
+)  # fmt: skip
 from tuning.schedulers import make_scheduler
 from tuning.search import Search
 from tuning.space import DEFAULT, Axis
@@ -62,19 +73,32 @@ def test_the_references_come_first_and_then_points_of_the_space(tmp_path: Path) 
     assert proposal["config"] == plan.config(None, proposal["point"]).flat()
 
 
-def test_the_search_begins_around_the_defaults(tmp_path: Path) -> None:
+def test_the_defaults_with_box_aids_are_called_so_and_are_no_reference(tmp_path: Path) -> None:
+    search, _, _ = begin(make(tmp_path))
+    third, fourth = [search.suggest(str(i)) for i in range(4)][2:]
+    assert (third["label"], fourth["label"]) == ("model's defaults with box aids", "searched")
+    assert "reference" not in third
+    assert third["config"]["loss.tightness"] == 1.0
+
+
+def test_trials_go_on_near_the_best_one_until_the_sampler_takes_turns(tmp_path: Path) -> None:
     plan = make(tmp_path, trials=12)
-    search, _, _ = begin(plan)
-    defaults = plan.point("defaults")
-    assert defaults is not None
-    shares = []
+    search, study, _ = begin(plan)
+    points = []
     for i in range(6):
-        point = search.suggest(str(i))["point"]
-        assert set(point) == set(plan.space)
+        points.append(search.suggest(str(i))["point"])
+        score = 0.9 if i == 2 else 0.5  # the third, with box aids, stays the best
+        search.on_trial_complete(str(i), result(score, 8))
+    assert decoded(plan.space, study.trials[2].params) == points[2]
+    for point in points[3:]:
+        moved = [p for p in plan.space if point[p] != points[2][p]]
+        assert 1 <= len(moved) <= 9
         assert all(plan.space[p].holds(v) for p, v in point.items())
-        shares.append(sum(point[p] == v for p, v in defaults.items()) / len(defaults))
-        search.on_trial_complete(str(i), result(0.5, 8))
-    assert 0.3 < sum(shares[2:]) / 4 < 0.85
+    go_near(study, plan, startup(plan) + 1 + startup(plan) % 2)
+    assert not study.get_trials(states=[TrialState.WAITING]), "it is the sampler's turn"
+    for _ in range(2):
+        go_near(study, plan, startup(plan) + 2 + startup(plan) % 2)
+        assert len(study.get_trials(states=[TrialState.WAITING])) == 1, "what waits is tried first"
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "nsga2", "random"])
@@ -249,7 +273,7 @@ def test_a_point_is_the_same_after_optuna(tmp_path: Path) -> None:
     study = optuna.create_study()
     generator = random.Random(0)
     for _ in range(20):
-        point = {path: axis.draw(generator) for path, axis in plan.space.items()}
+        point = {path: axis.at(generator.random()) for path, axis in plan.space.items()}
         assert set(encoded(plan.space, point)) == set(distributions(plan.space, point))
         study.enqueue_trial(encoded(plan.space, point))
         again = ask(study.ask(), plan.space)
@@ -257,17 +281,32 @@ def test_a_point_is_the_same_after_optuna(tmp_path: Path) -> None:
             assert again[path] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value), path
 
 
-def test_draws_fill_an_axis_to_its_ends() -> None:
-    generator = random.Random(0)
-    drawn = [Axis(type="int", low=1, high=4, log=True).draw(generator) for _ in range(200)]
-    assert set(drawn) == {1, 2, 3, 4}
-    found = [float(Axis(type="float", low=1e-4, high=1.0, log=True).draw(generator)) for _ in range(400)]
-    assert 0.4 < sum(v < 1e-2 for v in found) / 400 < 0.6, "half of the draws in half of the decades"
-    assert {Axis(type="categorical", choices=(False, True)).draw(generator) for _ in range(20)} == {False, True}
-    decays = [float(DEFAULT["teacher.decay"].draw(generator)) for _ in range(400)]
+def test_places_fill_an_axis_to_its_ends() -> None:
+    places = [n / 100 for n in range(-10, 111)]
+    assert {Axis(type="int", low=1, high=4, log=True).at(p) for p in places} == {1, 2, 3, 4}
+    assert {Axis(type="categorical", choices=(False, True)).at(p) for p in places} == {False, True}
+    rates = Axis(type="float", low=1e-4, high=1.0, log=True)
+    assert [rates.at(p) for p in (-1, 0, 0.5, 1, 2)] == [pytest.approx(v) for v in (1e-4, 1e-4, 1e-2, 1, 1)]
+    decays = [float(DEFAULT["teacher.decay"].at(p)) for p in places]
     assert all(d == 0 or 0.9 <= d <= 0.9999 for d in decays)
-    assert 0.4 < sum(d == 0 for d in decays) / 400 < 0.6
-    assert 0.2 < sum(d > 0.997 for d in decays) / 400 < 0.3, "half of the rest in half of the decades of 1 - decay"
+    assert {0, 0.9, 0.9999} <= {round(d, 9) for d in decays}
+    for axis in DEFAULT.values():
+        for value in axis.marks():
+            again = axis.at(axis.place(value))
+            assert again == (value if axis.type == "categorical" else pytest.approx(value))
+
+
+def test_nearby_is_another_choice_or_a_small_step() -> None:
+    generator = random.Random(0)
+    assert DEFAULT["teacher.cut_to_box"].near(False, generator) is True
+    assert Axis(type="categorical", choices=(4,)).near(4, generator) == 4
+    rates = DEFAULT["optim.lr"]
+    steps = [rates.place(rates.near(1e-3, generator)) - rates.place(1e-3) for _ in range(200)]
+    assert abs(sum(steps) / 200) < 0.03
+    assert 0.5 < sum(abs(s) < 0.15 for s in steps) / 200 < 0.85
+    decays = [DEFAULT["teacher.decay"].near(0.9, generator) for _ in range(200)]
+    assert 0 in decays, "a switch is off when a step leads far enough below the range"
+    assert all(DEFAULT["teacher.decay"].holds(d) for d in decays)
 
 
 def test_a_seed_decides_the_proposals_and_a_study_that_goes_on_makes_others(tmp_path: Path) -> None:
@@ -282,7 +321,7 @@ def test_a_seed_decides_the_proposals_and_a_study_that_goes_on_makes_others(tmp_
 
 
 @pytest.mark.parametrize("name", ["asha", "median"])
-def test_what_is_behind_is_stopped_but_never_a_reference_nor_before_it_has_warmed_up(name: str, tmp_path: Path) -> None:
+def test_what_is_behind_is_stopped_but_never_the_papers_nor_before_it_has_warmed_up(name: str, tmp_path: Path) -> None:
     plan = make(tmp_path, scheduler=name)
     scheduler = make_scheduler(plan, Budget(plan))
 
@@ -301,7 +340,7 @@ def test_what_is_behind_is_stopped_but_never_a_reference_nor_before_it_has_warme
         assert on_result(good, 0.9, 4) == TrialScheduler.CONTINUE
         goods.append(good)
     paper: Any = Found(trial_id="paper", config={"reference": "paper"})
-    bad: Any = Found(trial_id="bad", config={"point": {}})
+    bad: Any = Found(trial_id="bad", config={"point": {}, "reference": "defaults"})
     upper: Any = Found(trial_id="upper", config={"role": "supervised"})
     scheduler.on_trial_add(None, upper)  # type: ignore[arg-type]
     assert on_result(upper, 0.99, 4) == TrialScheduler.CONTINUE

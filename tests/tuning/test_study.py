@@ -143,7 +143,8 @@ def test_trials_of_one_worker_share_their_actors(small: Path, tmp_path: Path, tr
 
     kept = tracker.files(result["domains"][0]["run_id"], "")
     assert kept["history.svg"].startswith(b"<svg")
-    assert kept["hyperparameters.svg"].startswith(b"<svg")
+    assert kept["parallel-coordinates.svg"].startswith(b"<svg")
+    assert b"model&#x27;s defaults" in kept["trials.html"]
     first = tracker.find("trial")[-1].data.metrics
     assert 0 < first["system/system_memory_usage_percentage"] < 100
     (stored,) = tracker.find("domain")

@@ -41,6 +41,9 @@ def test_the_label_free_score_by_hand() -> None:
     mirrored = torch.zeros_like(masks)
     mirrored[0, 2:6, 2:4] = True
     assert label_free(masks, boxes, mirrored).tolist() == [pytest.approx(8 / 16 * 8 / 16), 0]
+    looser = torch.zeros_like(masks)
+    looser[0, 2:6, 1:7] = True
+    assert label_free(masks, boxes, mirrored, looser).tolist() == [pytest.approx(8 / 16 * 8 / 16 * 8 / 24), 0]
     clicks = torch.tensor([[[3.5, 3.5], [8.5, 8.5], [4.5, 4.5]]]).repeat(2, 1, 1)
     labels = torch.tensor([[1, 1, 0], [1, 1, -1]])
     given = Prompts(points=clicks, point_labels=labels)
@@ -62,6 +65,36 @@ def test_without_masks_only_the_label_free_score_is_known(sam: Sam) -> None:
     with pytest.raises(InputError, match="no true masks"):
         scores.value("miou")
     assert (scores.objective, scores.chosen_by) == (scores.label_free, "label_free")
+
+
+def test_masks_that_fill_whatever_box_they_are_shown_have_a_low_label_free_score(
+    sam: Sam, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such masks fit their boxes best, and are the same in the mirrored image."""
+    known = load_domain("clean").split("val")[:3]
+    good = evaluate(sam, known, "box", label_free=True)
+
+    def filled(
+        model: Sam, image: torch.Tensor, prompts: Prompts, where: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        size = (int(image.shape[1]), int(image.shape[2]))
+        assert prompts.boxes is not None
+        masks = torch.stack([_inside(b, size) for b in prompts.boxes])
+        return masks, torch.ones(len(masks))
+
+    monkeypatch.setattr(sys.modules["wesam.evaluate"], "_predict", filled)
+    bad = evaluate(sam, known, "box", label_free=True)
+    assert good.miou is not None
+    assert good.label_free is not None
+    assert bad.miou is not None
+    assert bad.label_free is not None
+    assert bad.miou < good.miou - 0.1
+    assert bad.label_free == pytest.approx(1 / 1.15**2, abs=0.05)
+
+
+def _inside(box: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    x, y = torch.arange(size[1]) + 0.5, torch.arange(size[0]) + 0.5
+    return ((y > box[1]) & (y < box[3]))[:, None] & ((x > box[0]) & (x < box[2]))[None, :]
 
 
 def test_baselines_by_hand() -> None:

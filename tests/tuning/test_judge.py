@@ -1,0 +1,43 @@
+"""A domain's picture: which test images it shows, and what it says of them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tuning import judge
+from tuning.judge import PerImage, Task, changed_most
+from wesam import Config
+
+
+def images(*scores: float, name: str = "miou") -> PerImage:
+    return [{name: torch.tensor([s - 0.1, s + 0.1]), "collapsed": torch.zeros(2)} for s in scores]
+
+
+def test_the_images_that_have_changed_most_are_shown() -> None:
+    found = changed_most(images(0.5, 0.5, 0.5, 0.5, 0.5, 0.5), images(0.6, 0.5, 0.8, 0.3, 0.7, 0.45))
+    assert list(found) == [2, 4, 5, 3]
+    assert found[2] == "mIoU 0.500 -> 0.800, +30.0 points, rank 1 of 6 by gain"
+    assert found[3] == "mIoU 0.500 -> 0.300, -20.0 points, rank 6 of 6 by gain"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_of_few_images_each_is_shown_once(count: int) -> None:
+    found = changed_most(images(*[0.5] * count), images(*[0.5 + 0.1 * n for n in range(count)]))
+    assert list(found) == list(range(count))[::-1]
+
+
+def test_without_masks_the_caption_says_so() -> None:
+    found = changed_most(images(0.5, name="label_free"), images(0.6, name="label_free"))
+    assert found == {0: "no masks known, label-free score 0.500 -> 0.600, +10.0 points, rank 1 of 1 by gain"}
+
+
+def test_without_an_adapter_the_first_images_are_shown_as_they_are(small: Path) -> None:
+    picture = judge._picture(Task("nano", str(small), Config()), None, None)
+    with Image.open(io.BytesIO(picture)) as page:
+        assert page.width == 2 * (224 + 6) + 6, "the truth and Direct"
+        assert page.height > 2 * 224

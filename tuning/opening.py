@@ -1,0 +1,131 @@
+"""How a report begins: what was searched, what was found and whether to use it, for who was not there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from wesam.config import BOXES
+
+Row = Mapping[str, Any]
+"""A domain's line of a study's result."""
+
+Verdict = Literal["adapter", "chance", "drawn", "model"]
+"""What to use on a domain: the adapter; perhaps the adapter, for its gain is within the spread over seeds; what is
+drawn in the box; the model as it is.
+"""
+
+_DRAWN = {"box_filled": "the box filled", "ellipse": "an ellipse drawn in the box"}
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Plain text, in which commands stand between backticks."""
+
+    searched: str
+    found: list[str]
+    """A line for each domain."""
+    use: str
+
+
+def opening(result: Mapping[str, Any], champions: Mapping[str, int]) -> Opening:
+    """From a study's result. champions: the version that is each domain's champion, by the domain."""
+    rows = [r for r in result["domains"] if "error" not in r]
+    found = [_failed(r) if "error" in r else _found(r, result["prompt"]) for r in result["domains"]]
+    return Opening(_searched(result), found, _use(rows, result["prompt"], champions))
+
+
+def verdict(row: Row, prompt: str) -> Verdict:
+    """What to use on the domain, by the scores on test."""
+    if prompt in BOXES and (drawn := _best_drawn(row)) and row[drawn] >= max(row["best"], row["direct"]):
+        return "drawn"
+    if row["best_trial"] is None or row["best"] <= row["direct"]:
+        return "model"
+    return "chance" if row["best"] - row["direct"] < (row["best_sd"] or 0) else "adapter"
+
+
+def _searched(result: Mapping[str, Any]) -> str:
+    names = [r["domain"] for r in result["domains"]]
+    jointly = any(r.get("joint") for r in result["domains"])
+    what = "One configuration" if jointly else "The best adapter"
+    many = len(names) > 1
+    where = f"the domain{'s' if many else ''} {_and(names)}"
+    seeds = result.get("seeds", 0)
+    spread = f", and the spread is the standard deviation over {seeds} training seeds" if seeds > 1 else ""
+    per = " for each" if many and not jointly else ""
+    return (
+        f"{what} of the model {result['model']} was sought for {where}, with {result['prompt']} prompts: "
+        f"{result['trials']} trials{per} of at most {result['steps']} steps, chosen by their score on val. The scores "
+        f"below are those on test, which was read only at the end{spread}; Direct is the model without an adapter."
+    )
+
+
+def _failed(row: Row) -> str:
+    return f"{row['domain']}: the search failed ({row['error']})."
+
+
+def _found(row: Row, prompt: str) -> str:
+    direct, best, paper, spread = row["direct"], row["best"], row["paper"], row["best_sd"]
+    unit = "points" if row["score"] != "label_free" else "points of the label-free score (no masks are known)"
+    if row["best_trial"] is None:
+        said = f"{row['domain']}: no adapter beat Direct ({direct:.3f})."
+    else:
+        shown = f"{best:.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
+        said = f"{row['domain']}: the best found has {shown}, {_against(best - direct, unit)} Direct ({direct:.3f})"
+        if paper is not None:
+            said += f" and {_against(best - paper, 'points')} the paper's hyperparameters ({paper:.3f})"
+        said += f".{_doubt(best - direct, spread)}"
+    drawn = _best_drawn(row)
+    if drawn and row[drawn] >= max(best, direct):
+        named = _DRAWN[drawn] if prompt in BOXES else f"{_DRAWN[drawn]}, where one is given,"
+        said += f" But {named} has {row[drawn]:.3f} and needs no model."
+    return said
+
+
+def _against(gain: float, unit: str) -> str:
+    return f"{100 * abs(gain):.1f} {unit} {'below' if gain < 0 else 'above'}"
+
+
+def _doubt(gain: float, spread: float | None) -> str:
+    """What speaks against a gain over Direct."""
+    if gain <= 0:
+        return " What was gained on val was not gained on test."
+    if spread is None:
+        return " Its spread over seeds is not known."
+    if gain >= spread:
+        return ""
+    return f" The gain is smaller than the spread over seeds ({100 * spread:.1f} points): it may be luck."
+
+
+def _best_drawn(row: Row) -> str | None:
+    known = [k for k in _DRAWN if row[k] is not None]
+    return max(known, key=lambda k: row[k], default=None)
+
+
+def _use(rows: Sequence[Row], prompt: str, champions: Mapping[str, int]) -> str:
+    by: dict[Verdict, list[str]] = {}
+    for row in rows:
+        by.setdefault(verdict(row, prompt), []).append(row["domain"])
+    command = "`python -m tuning best {} --out DIR` writes it, with its configuration and its card."
+    said = []
+    if good := by.get("adapter"):
+        named = good[0] if len(good) == 1 else "DOMAIN"
+        said.append(f"Use the adapter for {_and(good)}: {command.format(named)}")
+    if chance := by.get("chance"):
+        said.append(f"For {_and(chance)} the adapter may help, or may not: more seeds or more test images would tell.")
+    for row in rows:
+        held = champions.get(row["domain"])
+        if row["domain"] in (*(good or ()), *(chance or ())) and held not in (None, row["version"]):
+            said.append(
+                f"For {row['domain']} another adapter, version {held}, is champion: that is what `best` writes."
+            )
+    if drawn := by.get("drawn"):
+        said.append(f"For {_and(drawn)} use no model at all: draw in the box what is named above.")
+    if plain := by.get("model"):
+        said.append(f"For {_and(plain)} use the model as it is.")
+    return " ".join(said)
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
