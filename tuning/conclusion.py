@@ -13,7 +13,7 @@ from tuning.confirm import SEED, SUPERVISED, winner
 from tuning.findings import read
 from tuning.plan import MARGIN
 from tuning.target import Context, Target
-from tuning.tracking import Run, Tracker, Trial, trials
+from tuning.tracking import Run, Tracker, Trial, trials_by_role
 from wesam import Scores
 
 Row = dict[str, Any]
@@ -65,14 +65,15 @@ def conclude(c: Context, run: Run, targets: Sequence[Target]) -> list[Row]:
 
 
 def _verdict(tracker: Tracker, parent: str, direct: float) -> Verdict:
-    searched = trials(tracker, parent)
+    found = trials_by_role(tracker, parent)
+    searched = found[None]
     if not searched:
         raise RuntimeError("no trial has come to a result; what ended each of them is in the lines above")
     number = winner({t.number: t.best for t in searched}, direct)
     best = next((t for t in searched if t.number == number), None)
-    again = [t for t in trials(tracker, parent, SEED) if best and t.of == best.number]
+    again = [t for t in found[SEED] if best and t.of == best.number]
     score = statistics.mean(t.best for t in again or [best]) if best else direct
-    return Verdict(searched, best, again, score > direct + MARGIN, trials(tracker, parent, SUPERVISED))
+    return Verdict(searched, best, again, score > direct + MARGIN, found[SUPERVISED])
 
 
 def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
