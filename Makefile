@@ -20,8 +20,8 @@ lint: install  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint  ## lint, and every test that is not slow
-	$(BIN)/python -m pytest
+test: lint  ## lint, and every test that is not slow, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: install  ## the tests marked slow, two at a time
 	$(BIN)/python -m pytest -m slow -n 2
