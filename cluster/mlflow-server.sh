@@ -3,7 +3,7 @@
 #
 #   MLFLOW_BACKEND_STORE_URI      database, as in postgresql://user@host/mlflow (default: FOLDER/mlflow.db)
 #   MLFLOW_ARTIFACTS_DESTINATION  folder or URL for artifacts (default: FOLDER/artifacts)
-#   MLFLOW_AUTH_ADMIN_PASSWORD    of the user admin, at the first start (default: made up, in FOLDER/admin-password)
+#   MLFLOW_AUTH_ADMIN_PASSWORD    of the user admin, at the first start (default: made up); kept in FOLDER/admin-password
 #   MLFLOW_PORT                   (default: 5000)
 set -euo pipefail
 umask 077
@@ -14,16 +14,14 @@ mlflow=$root/.venv/bin/mlflow
 mkdir -p "${1:-mlflow-server}"
 folder=$(cd "${1:-mlflow-server}" && pwd)
 
-made_up() { # FILE: its contents, random at first
-  [ -s "$1" ] || head -c 24 /dev/urandom | base64 | tr '+/' '-_' > "$1"
+kept() { # FILE [VALUE]: its contents, which at first are the value, or random
+  [ -s "$1" ] || echo "${2:-$(head -c 24 /dev/urandom | base64 | tr '+/' '-_')}" > "$1"
   cat "$1"
 }
 
-if [ -z "${MLFLOW_AUTH_ADMIN_PASSWORD:-}" ]; then
-  MLFLOW_AUTH_ADMIN_PASSWORD=$(made_up "$folder/admin-password")
-  echo "user admin, password in $folder/admin-password"
-fi
-MLFLOW_FLASK_SERVER_SECRET_KEY=$(made_up "$folder/secret-key")
+MLFLOW_AUTH_ADMIN_PASSWORD=$(kept "$folder/admin-password" "${MLFLOW_AUTH_ADMIN_PASSWORD:-}")
+MLFLOW_FLASK_SERVER_SECRET_KEY=$(kept "$folder/secret-key")
+echo "user admin, password in $folder/admin-password"
 export MLFLOW_AUTH_ADMIN_PASSWORD MLFLOW_FLASK_SERVER_SECRET_KEY
 export MLFLOW_BACKEND_STORE_URI="${MLFLOW_BACKEND_STORE_URI:-sqlite:///$folder/mlflow.db}"
 export MLFLOW_ARTIFACTS_DESTINATION="${MLFLOW_ARTIFACTS_DESTINATION:-$folder/artifacts}"
