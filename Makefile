@@ -12,7 +12,7 @@ install: .venv/installed  ## everything into .venv, at the versions of constrain
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'error: Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11'; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo 'installing packages (a few minutes, about 7 GB) ...'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar on --constraint constraints.txt --editable '.[tuning,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar on --constraint constraints.txt --editable '.[tuning,cluster,dev]'
 	@touch $@
 
 lint: install  ## ruff and mypy

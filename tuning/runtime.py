@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import optuna
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from wesam.errors import InputError
 
@@ -49,6 +52,40 @@ def start() -> None:
 def stop() -> None:
     """Leaves the cluster; one that was started here ends."""
     ray.shutdown()
+
+
+def check_storage(storage: str) -> None:
+    """Raises InputError if the folder for checkpoints is not the same one on every node of the cluster."""
+    nodes = _nodes()
+    if "://" in storage or len(nodes) < 2:
+        return
+    with tempfile.NamedTemporaryFile(dir=storage, prefix=".seen-") as marker:
+        blind = sorted(name for (_, name), seen in zip(nodes, _seen(marker.name, nodes), strict=True) if not seen)
+    if blind:
+        raise InputError(
+            f"--storage {storage} is a folder that {', '.join(blind)} {'do' if len(blind) > 1 else 'does'} not see: "
+            "give one that all nodes share, or a URL such as s3://bucket/studies"
+        )
+
+
+def _nodes() -> list[tuple[str, str]]:
+    """(id, host name) of every node that is up."""
+    return [(n["NodeID"], n["NodeManagerHostname"]) for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def _seen(path: str, nodes: Iterable[tuple[str, str]]) -> Iterator[bool]:
+    """Whether each node sees the file; a node that has left meanwhile need not."""
+
+    def exists() -> bool:
+        return os.path.exists(path)
+
+    look = ray.remote(num_cpus=0)(exists)
+    strategies = (NodeAffinitySchedulingStrategy(node, soft=False) for node, _ in nodes)
+    for answer in [look.options(scheduling_strategy=s).remote() for s in strategies]:
+        try:
+            yield ray.get(answer)
+        except ray.exceptions.RayError:
+            yield True
 
 
 def worker_resources(gpus: float = 1.0) -> dict[str, float]:

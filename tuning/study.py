@@ -129,6 +129,7 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
     studies = {name: open_study(plan, name, storage) for name in searched}
     budget = Budget(plan, _spent(tracker, before.values()))
     runtime.start()
+    runtime.check_storage(plan.storage)
     slots = runtime.slots(plan.workers, plan.gpus_per_worker)
     run = tracker.start(plan.name, "study", None, study_tags(plan)) if stored is None else tracker.reopen(stored)
     run.attach(lambda: {PLAN: plan.to_json().encode()})

@@ -1,0 +1,66 @@
+"""A folder for checkpoints that only some nodes of a cluster see."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tuning import runtime
+from wesam.errors import InputError
+
+NODES = [("a", "head"), ("b", "worker-1"), ("c", "worker-2")]
+
+
+@pytest.mark.parametrize(
+    ("storage", "nodes", "seeing", "told"),
+    [
+        ("", NODES[:1], [False], None),
+        ("s3://bucket/studies", NODES, [False, False, False], None),
+        ("", NODES, [True, True, True], None),
+        ("", NODES, [True, False, True], "worker-1 does not see"),
+        ("", NODES, [True, False, False], "worker-1, worker-2 do not see"),
+    ],
+)
+def test_every_node_has_to_see_the_folder_for_checkpoints(
+    storage: str, nodes: list[tuple[str, str]], seeing: list[bool], told: str | None, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def seen(path: str, asked: list[tuple[str, str]]) -> list[bool]:
+        assert Path(path).exists()
+        assert asked == nodes
+        return seeing
+
+    monkeypatch.setattr(runtime, "_nodes", lambda: nodes)
+    monkeypatch.setattr(runtime, "_seen", seen)
+    if told is None:
+        runtime.check_storage(storage or str(tmp_path))
+    else:
+        with pytest.raises(InputError, match=f"{told}.*s3://"):
+            runtime.check_storage(str(tmp_path))
+    assert not list(tmp_path.iterdir()), "the marker is left behind"
+
+
+TWO_NODES = """
+import sys
+import ray
+from ray.cluster_utils import Cluster
+from tuning import runtime
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+cluster.add_node(num_cpus=1)
+ray.init(address=cluster.address, log_to_driver=False)
+cluster.wait_for_nodes()
+nodes = runtime._nodes()
+print(len(nodes), list(runtime._seen(sys.argv[1], nodes)), list(runtime._seen(sys.argv[1] + "-not", nodes)))
+"""
+
+
+@pytest.mark.slow
+def test_nodes_of_a_real_cluster_are_asked(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_NODES, str(tmp_path)],
+        capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1:] == ["2 [True, True] [False, False]"], done.stderr
