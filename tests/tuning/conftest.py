@@ -24,6 +24,8 @@ import wesam
 from tuning.tracking import Tracker
 from wesam.data import load_domain
 
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (Ray's 15 lets a study wait for the tests beside it)
+
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
