@@ -24,7 +24,7 @@ from wesam.data import NOTES, PUBLISHED, SPLITS, Domain, Split, load_domain, loc
 from wesam.data.domain import Unusable
 from wesam.data.images import read_image
 from wesam.errors import InputError
-from wesam.evaluate import baseline, evaluate, predict
+from wesam.evaluate import baseline, crop_of, evaluate, predict
 from wesam.export import export_peft
 from wesam.found import adapter_folder
 from wesam.options import Command, given_domain, make_parser
@@ -137,7 +137,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         model, name, crop = None, f"{args.baseline} (no model)", 0.0
     else:
         model, name = _model(args)
-        crop = args.crop if args.crop is not None else getattr(model, "crop", 0.0)
+        crop = crop_of(model, args.crop)
     rows = []
     for kind in args.prompt:
         watch = progress(f"evaluating with {kind} prompts")

@@ -24,7 +24,7 @@ NEARLY_ALL = 0.95
 """The share of what the model was shown, from which on a mask means nothing."""
 
 WINDOWS = 16
-"""Windows encoded at once."""
+"""Prompts answered at once, each in its window."""
 
 
 class HasSam(Protocol):
@@ -171,18 +171,19 @@ def predict(
     image, None does as the model was adapted. Returns masks, bool [N, H, W], and the IoU that the model predicts for
     each, float [N].
     """
-    crop = _crop(model, crop)
+    crop = crop_of(model, crop)
     where = windows(prompts, (image.shape[1], image.shape[2]), crop) if crop else None
-    return _predict(model if isinstance(model, Sam) else model.sam, image, prompts, where)
+    return _predict(model, image, prompts, where)
 
 
-def _crop(model: Sam | HasSam, crop: float | None) -> float:
-    """The crop that is asked for, or the model's own."""
+def crop_of(model: Sam | HasSam, crop: float | None) -> float:
+    """The crop that is asked for or, for None, the model's own."""
     return crop if crop is not None else 0.0 if isinstance(model, Sam) else model.crop
 
 
-def _predict(sam: Sam, image: Tensor, prompts: Prompts, where: Tensor | None) -> tuple[Tensor, Tensor]:
+def _predict(model: Sam | HasSam, image: Tensor, prompts: Prompts, where: Tensor | None) -> tuple[Tensor, Tensor]:
     """:func:`predict` with each prompt in the window of the same place, int [N, 4]; None shows the whole image."""
+    sam = model if isinstance(model, Sam) else model.sam
     if where is not None:
         return _predict_windows(sam, image, prompts, where)
     side: int = sam.image_encoder.img_size
@@ -199,26 +200,27 @@ def _predict(sam: Sam, image: Tensor, prompts: Prompts, where: Tensor | None) ->
 
 
 def _predict_windows(sam: Sam, image: Tensor, prompts: Prompts, where: Tensor) -> tuple[Tensor, Tensor]:
-    """Nothing is foreground outside of a prompt's window; one that several share is encoded once."""
+    """Nothing is foreground outside of a prompt's window; one that prompts of a part share is encoded once."""
     side: int = sam.image_encoder.img_size
     masks = torch.zeros(len(prompts), *image.shape[1:], dtype=torch.bool)
     ious = torch.zeros(len(prompts))
-    shown, which = torch.unique(where, dim=0, return_inverse=True)
-    for part in torch.arange(len(shown)).split(WINDOWS):
-        images = [cut(image, shown[w]) for w in part]
+    by_window = torch.unique(where, dim=0, return_inverse=True)[1].argsort(stable=True)
+    for part in by_window.split(WINDOWS):
+        shown, counts = torch.unique_consecutive(where[part], dim=0, return_counts=True)
+        groups = part.split(counts.tolist())
+        images = [cut(image, window) for window in shown]
         small = [resize(x, side) for x in images]
-        asked = [(which == w).nonzero()[:, 0] for w in part]
         given = [
-            prompts[i].seen_in(shown[w]).scaled(side / max(x.shape[1:]))
-            for i, w, x in zip(asked, part, images, strict=True)
+            prompts[i].seen_in(window).scaled(side / max(x.shape[1:]))
+            for i, window, x in zip(groups, shown, images, strict=True)
         ]
         out = decode(sam, encode(sam, small), given)
-        sizes = [(int(x.shape[1]), int(x.shape[2])) for x in images]
-        for i, logits, x, size in zip(asked, out.logits.split([len(i) for i in asked]), small, sizes, strict=True):
-            found = upscale(logits, side, (int(x.shape[1]), int(x.shape[2])), size) > 0
-            for place, mask in zip(i, found.cpu(), strict=True):
-                cut(masks[place], where[place])[:] = mask
-        ious[torch.cat(asked)] = out.iou.cpu()
+        for i, window, logits, *pair in zip(
+            groups, shown, out.logits.split(counts.tolist()), small, images, strict=True
+        ):
+            sizes = [(int(x.shape[1]), int(x.shape[2])) for x in pair]
+            cut(masks, window)[i] = (upscale(logits, side, *sizes) > 0).cpu()
+        ious[part] = out.iou.cpu()
     return masks, ious
 
 
@@ -250,7 +252,7 @@ def measure(
 ) -> list[dict[str, Tensor]]:
     """Each image's scores by name, each [N]; the arguments are those of :func:`evaluate`."""
     out = []
-    crop = _crop(model, crop)
+    crop = crop_of(model, crop)
     for i in range(len(split)):
         sample = split[i]
         given = sample.weak_labels(prompt)
@@ -276,7 +278,7 @@ def _label_free(model: Sam | HasSam, image: Tensor, given: Prompts, crop: float)
     size = (int(image.shape[1]), int(image.shape[2]))
     asked = Prompts.concatenate([given, given.longer(LOOSER)])
     where = windows(given, size, crop).repeat(2, 1) if crop else None
-    masks, looser = _predict(model if isinstance(model, Sam) else model.sam, image, asked, where)[0].chunk(2)
+    masks, looser = _predict(model, image, asked, where)[0].chunk(2)
     mirrored, _ = predict(model, flip(image, True, False), given.flipped(True, False, size), crop=crop)
     return masks, label_free(masks, given, flip(mirrored, True, False), looser)
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+
+import pytest
 import torch
 from segment_anything.modeling import Sam
 
@@ -7,6 +10,7 @@ from wesam.crops import cut, inside, windows
 from wesam.data import load_domain
 from wesam.evaluate import baseline, evaluate, predict
 from wesam.prompts import Prompts, weak_labels
+from wesam.sam.promptable import Masks, decode
 
 
 def test_windows_by_hand() -> None:
@@ -49,6 +53,28 @@ def test_a_mask_is_put_back_where_its_window_is(sam: Sam) -> None:
         alone, _ = predict(sam, cut(sample.image, window), prompts[torch.tensor([i])].seen_in(window))
         assert (cut(masks[i], window) != alone[0]).float().mean() < 1e-3
         assert cut(masks[i], window).sum() == masks[i].sum()
+
+
+def test_prompts_that_share_a_window_are_answered_as_each_alone_and_few_at_once(
+    sam: Sam, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = load_domain("cluttered").split("val")[0]
+    boxes = weak_labels(sample.masks[:3], "box", sample.key)
+    prompts = Prompts.concatenate([boxes, boxes])
+    module = sys.modules["wesam.evaluate"]
+    at_once: list[int] = []
+    alone = [predict(sam, sample.image, boxes[torch.tensor([i % 3])], crop=2.0) for i in range(6)]
+
+    def counted(sam: Sam, embedding: torch.Tensor, given: list[Prompts]) -> Masks:
+        at_once.append(sum(len(g) for g in given))
+        return decode(sam, embedding, given)
+
+    monkeypatch.setattr(module, "WINDOWS", 4)
+    monkeypatch.setattr(module, "decode", counted)
+    masks, iou = predict(sam, sample.image, prompts, crop=2.0)
+    assert at_once == [4, 2]
+    assert (masks != torch.cat([m for m, _ in alone])).float().mean() < 1e-4
+    assert torch.allclose(iou, torch.cat([i for _, i in alone]), atol=1e-5)
 
 
 def test_windows_help_where_instances_are_small(sam: Sam) -> None:
