@@ -82,8 +82,10 @@ def read(tracker: Tracker, row: dict[str, Any]) -> Findings:
         name = joint.metric(f"val_{called}", row["domain"]) if row["joint"] else f"val_{called}"
         return sorted((m.step, m.value) for m in tracker.client.get_metric_history(trial.run_id, name))
 
-    pairs = [_pairs(curve(t, "label_free"), curve(t, "miou")) for t in found]
-    return Findings(row, found, {t.number: curve(t, row["val"]["score"]) for t in found}, pairs)
+    known = [{called: curve(t, called) for called in {"label_free", "miou", row["val"]["score"]}} for t in found]
+    pairs = [_pairs(curves["label_free"], curves["miou"]) for curves in known]
+    own = {t.number: curves[row["val"]["score"]] for t, curves in zip(found, known, strict=True)}
+    return Findings(row, found, own, pairs)
 
 
 def _pairs(scores: Curve, mious: Curve) -> list[Pair]:

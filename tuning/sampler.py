@@ -11,7 +11,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState, create_trial
+from optuna.trial import BaseTrial, FixedTrial, TrialState, create_trial
 
 from tuning.plan import Plan, shown
 from tuning.space import Axis, Space, space_to_dict
@@ -166,7 +166,7 @@ def catch_up(study: optuna.Study, plan: Plan, done: Iterable[Trial], unfinished:
             )  # fmt: skip
 
 
-def ask(trial: optuna.Trial, space: Space) -> Point:
+def ask(trial: BaseTrial, space: Space) -> Point:
     """The point that the trial is to try."""
     return {path: _suggest(trial, path, axis) for path, axis in space.items()}
 
@@ -176,9 +176,9 @@ def encoded(space: Space, point: Mapping[str, Value]) -> Params:
     return {name: value for path, axis in space.items() for name, (_, value) in _coded(path, axis, point[path]).items()}
 
 
-def decoded(space: Space, params: Mapping[str, Any]) -> Point:
+def decoded(space: Space, params: Params) -> Point:
     """The point that :func:`encoded` wrote."""
-    return {path: _decoded(path, axis, params) for path, axis in space.items()}
+    return ask(FixedTrial(params), space)
 
 
 def distributions(space: Space, point: Mapping[str, Value]) -> dict[str, BaseDistribution]:
@@ -186,7 +186,7 @@ def distributions(space: Space, point: Mapping[str, Value]) -> dict[str, BaseDis
     return {name: d for path, axis in space.items() for name, (d, _) in _coded(path, axis, point[path]).items()}
 
 
-def _suggest(trial: optuna.Trial, path: str, axis: Axis) -> Value:
+def _suggest(trial: BaseTrial, path: str, axis: Axis) -> Value:
     if axis.zero and not trial.suggest_categorical(f"{path} > 0", (False, True)):
         return 0 if axis.type == "int" else 0.0
     name, d = _parameter(path, axis)
@@ -196,13 +196,6 @@ def _suggest(trial: optuna.Trial, path: str, axis: Axis) -> Value:
         return trial.suggest_int(name, d.low, d.high, log=d.log)
     value = trial.suggest_float(name, d.low, d.high, log=d.log)
     return _round(1 - value) if axis.log == "complement" else value
-
-
-def _decoded(path: str, axis: Axis, params: Mapping[str, Any]) -> Value:
-    if axis.zero and not params[f"{path} > 0"]:
-        return 0 if axis.type == "int" else 0.0
-    value = params[_parameter(path, axis)[0]]
-    return _round(1 - value) if axis.log == "complement" else cast(Value, value)
 
 
 def _coded(path: str, axis: Axis, value: Value) -> dict[str, tuple[BaseDistribution, Any]]:
