@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
-import signal
-import socket
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +15,8 @@ import psutil
 import pytest
 import requests
 import yaml
+
+from tests.servers import free_port, running
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(p.relative_to(ROOT) for p in (ROOT / "cluster").rglob("*.sh"))
@@ -36,31 +34,12 @@ def test_scripts_are_right(script: Path) -> None:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """A server's address, and its folder."""
-    folder = tmp_path_factory.mktemp("mlflow") / "server"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    folder, port = tmp_path_factory.mktemp("mlflow") / "server", free_port()
     env = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
     env |= {"MLFLOW_PORT": str(port), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    log = (folder.parent / "log").open("w+")
-    process = subprocess.Popen(
-        [ROOT / "cluster/mlflow-server.sh", folder], env=env, stdout=log, stderr=log, start_new_session=True
-    )
     url = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(600):
-            assert process.poll() is None, Path(log.name).read_text()
-            try:
-                requests.get(f"{url}/health", timeout=5)
-                break
-            except requests.ConnectionError:
-                time.sleep(0.2)
+    with running([ROOT / "cluster/mlflow-server.sh", folder], f"{url}/health", folder.parent, env):
         yield url, folder
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
-        log.close()
 
 
 @pytest.mark.slow

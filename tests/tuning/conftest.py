@@ -5,12 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +16,7 @@ from pycocotools import mask as rle
 
 import tuning.runtime
 import wesam
+from tests.servers import free_port, running
 from tuning.tracking import Tracker
 from wesam.data import load_domain
 
@@ -85,28 +81,12 @@ def tracker(uri: str) -> Iterator[Tracker]:
 @contextlib.contextmanager
 def served(arguments: list[str], alive: str, folder: Path, **environment: str) -> Iterator[str]:
     """The address of a server of MLflow's on a free port, which answers at the path ``alive``."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     env = {
         **os.environ, "PYTHONPATH": str(Path(wesam.__file__).parents[1]),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **environment,
     }  # fmt: skip
     command = [sys.executable, "-m", "mlflow", *arguments, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    with (folder / "log").open("w") as log:
-        server = subprocess.Popen(
-            command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder
-        )
-        try:
-            deadline = time.monotonic() + 180
-            while True:
-                assert server.poll() is None, (folder / "log").read_text()
-                assert time.monotonic() < deadline, (folder / "log").read_text()
-                with contextlib.suppress(OSError):
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/{alive}", timeout=5).close()
-                    break
-                time.sleep(0.5)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            os.killpg(server.pid, signal.SIGTERM)
-            server.wait(timeout=60)
+    url = f"http://127.0.0.1:{port}"
+    with running(command, f"{url}/{alive}", folder, env):
+        yield url
