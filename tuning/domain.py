@@ -48,6 +48,11 @@ class DomainSearch(threading.Thread):
         }
         self.rows: list[Row] = [{"domain": t.name, "error": "did not run"} for t in targets]
         self.trials: list[Trial] = []
+        self._listener: Listener | None = None
+
+    def waiting(self) -> bool:
+        """Whether a trial is running that has not yet written a checkpoint because the end is near."""
+        return self._listener is not None and self.is_alive() and self._listener.waiting()
 
     def run(self) -> None:
         """Searches, judges, registers."""
@@ -142,7 +147,7 @@ class DomainSearch(threading.Thread):
             tell(scheduler, [past(c.tracker, t) for t in done])
             resources = runtime.worker_resources(plan.gpus_per_worker)
             setting = Setting(plan=plan, direct={t.given: t.direct for t in self._targets}, resources=resources)
-            listener = Listener(
+            self._listener = Listener(
                 plan, c.tracker, c.board, run, self._tags, direct, max((t.best for t in done), default=start),
                 scheduler.stopped, c.budget, c.stop,
             )  # fmt: skip
@@ -150,7 +155,7 @@ class DomainSearch(threading.Thread):
             search = Search(
                 plan, self._study, left, outside, unfinished, confirmation, c.budget, scheduler.stopped
             )  # fmt: skip
-            _tuner(setting, self.name, count, c.side_by_side, search, scheduler, listener).fit()
+            _tuner(setting, self.name, count, c.side_by_side, search, scheduler, self._listener).fit()
             c.tracker.flush()
         self.trials = trials(c.tracker, run.id)
 

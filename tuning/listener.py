@@ -16,10 +16,11 @@ from ray.tune.experiment import Trial
 
 from tuning import joint
 from tuning.budget import Budget
+from tuning.checkpoint import folder_of, progress_of
 from tuning.plan import MARGIN, Plan
 from tuning.progress import Board
 from tuning.tracking import Run, Tracker
-from tuning.trainer import METRIC, folder_of
+from tuning.trainer import METRIC
 from wesam import Scores
 from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE
 
@@ -49,10 +50,22 @@ class _Seen:
     latest: str | None = None
     checkpoint: str | None = None
     """Paths of the last checkpoint and of the best one."""
+    leaving: bool = False
+    """Whether the last result is there only because the end is near."""
+    saved: bool = False
+    """Whether its checkpoint has been written."""
+    over: bool = False
+
+    def go_back(self, step: int, best: float, path: str | None) -> None:
+        """Checkpoints after this one are damaged; best: its score, -inf if another had been better."""
+        self.step = step
+        if path is None or path != self.checkpoint:
+            known = best > -math.inf
+            self.best, self.best_step, self.checkpoint = best, step if known else 0, path if known else None
 
     def kept(self, path: str) -> None:
         """A checkpoint of the last result has been written."""
-        self.latest = path
+        self.latest, self.saved = path, self.leaving
         if self.best_step == self.step:
             self.checkpoint = path
         self.run.log(tags={CHECKPOINT: json.dumps({k: getattr(self, k) for k in STATE})})
@@ -83,6 +96,10 @@ class Listener(tune.Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Ray pickles its callbacks at the start, and nobody ever reads that."""
         return {}
+
+    def waiting(self) -> bool:
+        """Whether a trial is running that has not yet written a checkpoint because the end is near."""
+        return any(not (s.over or s.saved) for s in list(self._seen.values()))
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Called several times a second."""
@@ -118,13 +135,20 @@ class Listener(tune.Callback):
     ) -> None:
         """A trial has been evaluated."""
         seen, step = self._seen[trial.trial_id], result["step"]
-        metrics = {**result["metrics"], METRIC: result[METRIC]}
-        if "gap" in result:
-            metrics["gap"] = result["gap"]
-        seen.step = step
-        if result["score"] > seen.best:
-            seen.best, seen.best_step = result["score"], step
-        seen.run.log(metrics, step=step)
+        if begun := result.get("from"):
+            seen.run.log({"went_on_from": begun["step"]}, step=step)
+            if begun["damaged"]:
+                seen.go_back(begun["step"], begun["best"], begun["path"])
+                said = f"trial {seen.name}: its last checkpoint is damaged; it went on from step {begun['step']}"
+                self._board.say(said, self._domain.name)
+        seen.step, seen.leaving = step, result["saved"]
+        if not seen.leaving:
+            metrics = {**result["metrics"], METRIC: result[METRIC]}
+            if "gap" in result:
+                metrics["gap"] = result["gap"]
+            if result["score"] > seen.best:
+                seen.best, seen.best_step = result["score"], step
+            seen.run.log(metrics, step=step)
         if result.get("checkpoint_path"):  # Ray Train has written it; Tune's own comes after this
             seen.kept(result["checkpoint_path"])
         self._board.at(self._domain.name, seen.name, step)
@@ -178,6 +202,7 @@ class Listener(tune.Callback):
 
     def _over(self, seen: _Seen, status: Any, text: str, *, early: bool) -> None:
         seen.run.close(status)
+        seen.over = True
         count = f"trial {seen.name}/{self._plan.trials}" if seen.name.isdecimal() else ""
         self._board.ended(self._domain.name, seen.name, f"{count:<11} {seen.label:<{WIDTH}}  {text}", early=early)
 
@@ -197,5 +222,6 @@ def _adapter(checkpoint: Checkpoint, plan: Plan, domains: Iterable[str]) -> dict
     """The files of the adapter, or of each domain's adapter, by their paths in the checkpoint."""
     with checkpoint.as_directory() as place:
         root = Path(place)
+        progress_of(root)  # raises InputError if it is damaged
         files = [folder_of(root, d, plan) / f for d in domains for f in (CONFIG_FILE, WEIGHTS_FILE)]
         return {str(f.relative_to(root)): f.read_bytes() for f in files}

@@ -30,7 +30,7 @@ class Stopping(TrialScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Whether the trial goes on."""
-        if "role" in trial.config:
+        if "role" in trial.config or result.get("saved"):
             return TrialScheduler.CONTINUE
         decision = super().on_trial_result(tune_controller, trial, result)
         if result.get("last"):

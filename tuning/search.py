@@ -95,7 +95,9 @@ class Search(Searcher):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Tells Optuna how a trial is doing."""
         trial = self._trials.get(trial_id)
-        if trial and METRIC in result and not self._plan.minimize:  # with several objectives Optuna has no place for it
+        if (
+            trial and METRIC in result and not result.get("saved") and not self._plan.minimize
+        ):  # with several objectives Optuna has no place for it
             trial.report(result[METRIC], result["step"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:

@@ -15,8 +15,9 @@ from typing import Any
 
 from mlflow.entities import Run as Stored
 
-from tuning import runtime
+from tuning import leaving, runtime
 from tuning.budget import Budget
+from tuning.claim import held, refuse_second
 from tuning.conclusion import RESULT
 from tuning.domain import DomainSearch
 from tuning.joint import JOINT
@@ -33,8 +34,11 @@ PLAN = "plan.json"
 """The study's artifact with all that resuming it needs."""
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
+GRACE = 10.0
+"""Seconds that trials have to write a last checkpoint."""
+
 PATIENCE = 10.0
-"""Seconds that the domains' threads have to end by themselves."""
+"""Seconds that the domains' threads have then to end by themselves."""
 
 
 def new_study(plan: Plan, tracker: Tracker, *, rename: bool = False) -> dict[str, Any]:
@@ -115,6 +119,8 @@ def _studies(tracker: Tracker) -> dict[str, Stored]:
 def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any]:
     """stored: the study's run, if it has been begun already."""
     began = time.monotonic()
+    if stored is not None:
+        refuse_second(tracker, stored)
     domains = [load_domain(d) for d in plan.domains]
     searched = (
         {JOINT: plan.domains} if plan.joint else {d.name: (g,) for d, g in zip(domains, plan.domains, strict=True)}
@@ -132,7 +138,6 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
     runtime.check_storage(plan.storage)
     slots = runtime.slots(plan.workers, plan.gpus_per_worker)
     run = tracker.start(plan.name, "study", None, study_tags(plan)) if stored is None else tracker.reopen(stored)
-    run.attach(lambda: {PLAN: plan.to_json().encode()})
     board = Board(list(searched), [d.name for d in domains], plan.trials, plan.base.steps)
     side_by_side = min(slots, max(2, -(-slots // len(searched))))
     stop = threading.Event()
@@ -147,7 +152,9 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
         if domain.left_out:
             board.say(f"{domain.name}: {len(domain.left_out)} wrong annotations are left out: wesam check lists them")
     searches = [DomainSearch(context, name, given, studies[name], before) for name, given in searched.items()]
-    with _stoppable(), board:
+    with _stoppable(), held(tracker, run, plan.name), board:
+        run.attach(lambda: {PLAN: plan.to_json().encode()})
+        leaving.take_back(plan.name)
         try:
             for search in searches:
                 search.start()
@@ -155,10 +162,15 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
                 board.tick()
                 time.sleep(0.5)
         except KeyboardInterrupt:
-            stop.set()
             board.say("stopping; finished trials are kept")
             for number in STOPPING:
                 signal.signal(number, signal.SIG_IGN)  # once is enough
+            # in a thread: if Ray has been asked to end as well, it does not answer
+            threading.Thread(target=leaving.tell, args=(plan.name,), daemon=True).start()
+            deadline = time.monotonic() + GRACE
+            while any(s.waiting() for s in searches) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            stop.set()
             deadline = time.monotonic() + PATIENCE
             for search in searches:
                 search.join(timeout=max(0.0, deadline - time.monotonic()))

@@ -277,6 +277,15 @@ class Run:
 
         return self._tracker.later(write)
 
+    def leave(self) -> None:
+        """Forgets the run, which is another process's."""
+        self._tracker._closed(self)
+
+    def delete(self) -> None:
+        """Takes the run back."""
+        if self._tracker._closed(self):
+            self._tracker.later(lambda: self._tracker.client.delete_run(self.id)).result()
+
     def close(self, status: Status = "FINISHED") -> None:
         """Ends the run, once."""
         if self._tracker._closed(self):

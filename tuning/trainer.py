@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pyarrow.fs
 import ray.train
 import torch
 from ray import tune
@@ -24,6 +21,8 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from segment_anything.modeling import Sam
 
 from tuning import joint
+from tuning.checkpoint import NOTHING, Progress, at, folder_of, intact, progress_of, written
+from tuning.leaving import Notice
 from tuning.plan import Plan
 from wesam import Config, Report, Scores, adapt, load_domain, load_sam
 
@@ -33,12 +32,9 @@ METRIC = "best_score"
 COLLAPSED = 0.9
 """A trial with more of its masks collapsed than this has diverged."""
 
-PROGRESS_FILE = "progress.json"
-"""Beside the adapter in a checkpoint: the step it is from and the METRIC by then."""
-
 Result = dict[str, Any]
-Send = Callable[[Result, Mapping[str, Report]], None]
-"""Takes a result and each domain's report."""
+Send = Callable[[Result, Progress, Mapping[str, Report]], None]
+"""Takes a result, and of what a checkpoint goes with it: how far it is, and each domain's report."""
 
 _idle_since: float | None = None
 """When this process's last trial had its last result; None before the first."""
@@ -74,17 +70,20 @@ def source_model(name: str) -> Sam:
     return load_sam(name).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def drive(setting: Setting, config: Config, resume: Path | None, send: Send) -> None:
+def drive(setting: Setting, config: Config, resume: Path | None, best: float, send: Send) -> None:
     """Runs a trial, or the rest of it from a checkpoint, and sends a result at each evaluation after the first step.
+
+    best: the best score until then.
 
     In a joint study the trial adapts to all its domains, step by step in turn. It ends before its last step if it
     diverges: if a loss is no longer finite, or if nearly all masks on val of a domain hold nothing or everything and
-    those of the source model do not. What it has reached before counts.
+    those of the source model do not. What it has reached before counts. Told that its end is near, it sends a
+    checkpoint at once, with a result that is ``saved`` and says nothing new.
     """
     plan = setting.plan
-    best = json.loads((resume / PROGRESS_FILE).read_text())[METRIC] if resume else -math.inf
     sums = _Sums()
     sam = source_model(plan.model)
+    notice = Notice(plan.name, sam.pixel_mean.device)
     domains = {d: load_domain(d) for d in setting.direct}
     direct = {domains[d].name: s for d, s in setting.direct.items()}
     loops = [
@@ -100,28 +99,25 @@ def drive(setting: Setting, config: Config, resume: Path | None, send: Send) -> 
                 continue
             sums.add(turn)
             now = {name: r.val for name, r in zip(direct, turn, strict=True) if r.val is not None}
-            if not now:
-                continue
             reports, step = dict(zip(direct, turn, strict=True)), turn[0].step
+            mb = sum(p.numel() * p.element_size() for p in turn[0].model.trainable()) / 1e6
+            result: Result = {"step": step, "last": step == turn[0].steps, "saved": not now, "size": mb}
+            result["seconds"] = sums.seconds / sums.steps
+            if not now:
+                if notice.came():
+                    send({**result, METRIC: best, "rank": -math.inf}, Progress(step, best, best_here=False), reports)
+                continue
             score = joint.score(plan, now, direct)
             best = max(best, score)
-            measured = {**joint.metrics(now), **sums.metrics(config), **_machine(sam)}
-            measured["adapter_mb"] = sum(p.numel() * p.element_size() for p in turn[0].model.trainable()) / 1e6
-            result = {"step": step, "last": step == turn[0].steps, METRIC: best, "metrics": measured}
-            result |= {"size": measured["adapter_mb"], "seconds": measured["seconds_per_step"]}
+            measured = {**joint.metrics(now), **sums.metrics(config), **_machine(sam), "adapter_mb": mb}
             # which checkpoint to keep: the best one, and of equals the first
-            result |= {"score": score, "rank": score - 1e-9 * step}
-            send(result, reports)
+            result |= {METRIC: best, "score": score, "rank": score - 1e-9 * step, "metrics": measured}
+            send(result, Progress(step, best, best_here=score == best), reports)
             if any(s.collapsed > COLLAPSED >= direct[d].collapsed for d, s in now.items()):
                 return
             sums = _Sums()
     except FloatingPointError:
         return
-
-
-def folder_of(checkpoint: Path, domain: str, plan: Plan) -> Path:
-    """Where a checkpoint has a domain's adapter: in itself, or in a joint study in a folder of the domain's name."""
-    return checkpoint / domain if plan.joint else checkpoint
 
 
 @dataclass
@@ -169,10 +165,9 @@ def one_worker(trial: Result) -> None:
     setting, config = Setting.of(trial)
     gap = {} if _idle_since is None else {"gap": time.monotonic() - _idle_since}
 
-    def send(result: Result, reports: Mapping[str, Report]) -> None:
+    def send(result: Result, progress: Progress, reports: Mapping[str, Report]) -> None:
         global _idle_since
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = _write(Path(folder), result, reports, setting.plan)
+        with written(progress, reports, setting.plan) as checkpoint:
             _idle_since = time.monotonic()  # Tune may end the trial here
             tune.report({**result, **gap}, checkpoint=tune.Checkpoint(checkpoint.path))
         gap.clear()
@@ -212,9 +207,8 @@ def _worker(trial: Result) -> None:
     setting, config = Setting.of(trial)
     first = ray.train.get_context().get_world_rank() == 0
 
-    def send(result: Result, reports: Mapping[str, Report]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = _write(Path(folder), result, reports, setting.plan) if first else None
+    def send(result: Result, progress: Progress, reports: Mapping[str, Report]) -> None:
+        with written(progress, reports, setting.plan) if first else nullcontext() as checkpoint:
             ray.train.report(result, checkpoint=checkpoint)
 
     _from_checkpoint(setting, config, trial.get("resume"), ray.train.get_checkpoint(), send)
@@ -223,17 +217,23 @@ def _worker(trial: Result) -> None:
 def _from_checkpoint(
     setting: Setting, config: Config, resume: str | None, found: ray.train.Checkpoint | None, send: Send
 ) -> None:
-    """resume: the path of a checkpoint of an earlier run of the study, which counts where this one has none."""
+    """Goes on from the last checkpoint that is intact; the first result tells from which.
+
+    resume: the path of a checkpoint of an earlier run of the study, which counts where this one has none.
+    """
     if found is None and resume is not None:
-        storage = setting.plan.storage
-        filesystem = pyarrow.fs.FileSystem.from_uri(storage)[0] if "://" in storage else None
-        found = ray.train.Checkpoint(resume, filesystem)
-    with found.as_directory() if found else nullcontext() as folder:
-        drive(setting, config, Path(folder) if folder else None, send)
+        found = at(resume, setting.plan.storage)
+    with intact(found) as (used, folder):
+        reached, told = progress_of(folder) if folder else NOTHING, {}
+        best = reached.best
+        if found:
+            damaged = used is None or used.path != found.path
+            if damaged and not reached.best_here:
+                best = -math.inf  # who knows whether that one is still there
+            told = {"from": {"step": reached.step, "best": best, "path": used and used.path, "damaged": damaged}}
 
+        def send_on(result: Result, progress: Progress, reports: Mapping[str, Report]) -> None:
+            send({**result, **told}, progress, reports)
+            told.clear()
 
-def _write(folder: Path, result: Result, reports: Mapping[str, Report], plan: Plan) -> ray.train.Checkpoint:
-    for name, report in reports.items():
-        report.save(folder_of(folder, name, plan))
-    (folder / PROGRESS_FILE).write_text(json.dumps({k: result[k] for k in ("step", METRIC)}))
-    return ray.train.Checkpoint.from_directory(folder)
+        drive(setting, config, folder, best, send_on)

@@ -35,15 +35,15 @@ ROOT = Path(__file__).parents[2]
 on_ray = pytest.mark.usefixtures("cluster")
 
 
-def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process_and_the_study_can_go_on(
+def test_ctrl_c_keeps_what_is_there_and_leaves_no_process_and_the_study_can_go_on(
     small: Path, tmp_path: Path, uri: str
 ) -> None:
     tune = [sys.executable, "-m", "tuning"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri}
-    fixed = ["eval_every=1", "optim.batch_size=1", "lora.rank=1", "lora.targets=qkv"]
+    fixed = ["eval_every=8", "optim.batch_size=1", "lora.rank=1", "lora.targets=qkv"]
     options = ["--seeds", "1", *(part for f in fixed for part in ("--set", f))]
     run = subprocess.Popen(
-        [*tune, "run", "--name", "s", "--domain", str(small), "--trials", "4", "--steps", "6", *options],
+        [*tune, "run", "--name", "s", "--domain", str(small), "--trials", "4", "--steps", "8", *options],
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert run.stdout is not None
@@ -52,6 +52,10 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process_and_the_study_can_g
             break
     family = psutil.Process(run.pid).children(recursive=True)
     assert family
+    second = Tracker(uri)
+    with pytest.raises(InputError, match=f"'s' is running already, in process {run.pid}"):
+        resume_study("s", second)
+    second.close()
     os.killpg(run.pid, signal.SIGINT)
     assert run.wait(timeout=120) == 130
     deadline = time.monotonic() + 20
@@ -64,9 +68,10 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process_and_the_study_can_g
     assert "FINISHED" in ended
     assert {r.info.status for level in ("study", "domain") for r in tracker.find(level)} == {"KILLED"}  # type: ignore[arg-type]
     assert "RUNNING" not in ended
-    interrupted = {
-        r.info.run_id for r in tracker.find("trial") if r.info.status == "KILLED" and CHECKPOINT in r.data.tags
-    }
+    killed = [r for r in tracker.find("trial") if r.info.status == "KILLED"]
+    reached = {r.info.run_id: json.loads(r.data.tags[CHECKPOINT])["step"] for r in killed if CHECKPOINT in r.data.tags}
+    assert reached
+    assert all(0 < step < 8 for step in reached.values()), "none has been evaluated yet: it was told in time"
 
     done = subprocess.run([*tune, "resume", "s"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -76,10 +81,10 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process_and_the_study_can_g
     assert sorted(int(r.data.tags["wesam.trial"]) for r in searched) == [1, 2, 3, 4]
     roles = [r.data.tags[ROLE] for r in finished if ROLE in r.data.tags]
     assert (roles.count("direct"), roles.count("supervised")) == (1, 1)
-    assert interrupted <= {r.info.run_id for r in finished}, "what had a checkpoint goes on in its own run"
-    for run in interrupted:
-        steps = [m.step for m in tracker.client.get_metric_history(run, "val_miou")]
-        assert steps == list(range(7)), "and from its checkpoint, not from the beginning"
+    assert reached.keys() <= {r.info.run_id for r in finished}, "what had a checkpoint goes on in its own run"
+    for trial, step in reached.items():
+        (began,) = tracker.client.get_metric_history(trial, "went_on_from")
+        assert (began.value, [m.step for m in tracker.client.get_metric_history(trial, "val_miou")]) == (step, [0, 8])
     assert {r.info.status for level in ("study", "domain") for r in tracker.find(level)} == {"FINISHED"}  # type: ignore[arg-type]
     tracker.close()
 

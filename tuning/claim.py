@@ -1,0 +1,116 @@
+"""A study is run by one process at a time: its run in MLflow says by which, and that it is alive."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from mlflow.entities import Run as Stored
+
+from tuning.tracking import Run, Tracker
+from wesam.errors import InputError
+
+TAG = "wesam.driver"
+BEAT = 5.0
+"""Seconds between two signs of life."""
+
+SETTLED = 1.0
+"""Seconds after which of several claims made at once only the last one is there."""
+
+
+def refuse_second(tracker: Tracker, stored: Stored) -> None:
+    """Raises InputError if a process is running this study.
+
+    Whether a process of this machine lives is known at once; one of another machine is listened to for three beats.
+    """
+    if stored.info.status != "RUNNING" or TAG not in stored.data.tags:
+        return
+    told = json.loads(stored.data.tags[TAG])
+    if told["where"] == _where():
+        alive = _lives(told)
+    else:
+        time.sleep(3 * BEAT)
+        alive = tracker.client.get_run(stored.info.run_id).data.tags.get(TAG) != stored.data.tags[TAG]
+    if alive:
+        raise _refusal(stored, told)
+
+
+@contextlib.contextmanager
+def held(tracker: Tracker, run: Run, name: str) -> Iterator[None]:
+    """Says in the study's run that this process runs it, until the end of the block.
+
+    Raises InputError, and leaves the study to the other, if another process has begun the same at the same moment.
+    """
+    mine = {"where": _where(), "host": platform.node(), "pid": os.getpid(), "began": _began(os.getpid())}
+    mine["token"] = uuid.uuid4().hex
+    ended = threading.Event()
+
+    def beat() -> None:
+        count = 0
+        while not ended.wait(BEAT):
+            count += 1
+            with contextlib.suppress(Exception):  # a server that is away is another one's concern
+                tracker.client.set_tag(run.id, TAG, json.dumps({**mine, "beat": count}))
+
+    tracker.later(lambda: tracker.client.set_tag(run.id, TAG, json.dumps(mine))).result()
+    time.sleep(SETTLED)
+    for stored in tracker.find("study"):
+        if stored.info.run_id == run.id:
+            told = json.loads(stored.data.tags[TAG])
+            if told["token"] != mine["token"]:
+                run.leave()
+                raise _refusal(stored, told)
+        elif (
+            stored.data.tags["wesam.name"] == name
+            and stored.info.status == "RUNNING"
+            and (stored.info.start_time, stored.info.run_id) < (run.info.start_time, run.id)
+        ):
+            run.delete()
+            raise _refusal(stored, json.loads(stored.data.tags[TAG]))
+    thread = threading.Thread(target=beat, name="beat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _refusal(stored: Stored, told: dict[str, Any]) -> InputError:
+    return InputError(
+        f"the study {stored.data.tags['wesam.name']!r} is running already, in process {told['pid']} on {told['host']}: "
+        "wait for its end, or stop it and go on here"
+    )
+
+
+def _where() -> str:
+    """This machine since it was started, and of its containers this one."""
+    parts = [platform.node()]
+    with contextlib.suppress(OSError):  # Linux
+        parts += [
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            os.readlink("/proc/self/ns/pid"),
+        ]
+    return " ".join(parts)
+
+
+def _lives(told: dict[str, Any]) -> bool:
+    """Whether the process is there, and no other that got its number."""
+    return bool(_began(told["pid"]) == told["began"])
+
+
+def _began(pid: int) -> float | None:
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.NoSuchProcess:
+        return None
