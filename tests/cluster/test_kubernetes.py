@@ -149,7 +149,12 @@ def test_the_cluster_has_a_token_and_spot_workers_and_scales() -> None:
     assert "nodeSelector" not in groups["gpu"]["template"]["spec"]
     for group in groups.values():
         assert group["minReplicas"] == 0 < group["maxReplicas"]
-        assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+        pod = group["template"]["spec"]
+        assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+        (*_, told) = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        script, seconds = told.partition(";")[0].split()
+        assert (ROOT / script.removeprefix("/opt/wesam/")).is_file()
+        assert int(seconds) < pod["terminationGracePeriodSeconds"]
 
 
 def test_mlflow_asks_for_a_login() -> None:
