@@ -11,6 +11,8 @@ from typing import Any
 
 import optuna
 import ray
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from wesam.errors import InputError
@@ -31,6 +33,7 @@ def start() -> None:
 
     With the dashboard: Ray Train's cleaner asks it which trials are gone before it gives their CPUs back.
     """
+    RayActorManager._actor_task_failed = _task_failed  # type: ignore[method-assign, assignment]
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
@@ -47,6 +50,16 @@ def start() -> None:
             where = f"join the Ray cluster at RAY_ADDRESS={address}" if address else "start Ray on this machine"
             raise InputError(f"cannot {where}: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
     quiet()  # ray.init sets up its loggers anew
+
+
+_of_tune = RayActorManager._actor_task_failed
+
+
+def _task_failed(self: RayActorManager, task: Any, exception: Exception) -> None:
+    """A worker that Ray has killed for its memory is a lost worker, like others; Tune would end the whole search."""
+    if isinstance(exception, RayError) and not isinstance(exception, RayActorError | RayTaskError):
+        exception = RayActorError(error_msg=(str(exception).splitlines() or [type(exception).__name__])[0])
+    _of_tune(self, task, exception)
 
 
 def stop() -> None:

@@ -1,12 +1,15 @@
-"""A folder for checkpoints that only some nodes of a cluster see."""
+"""Ray as a study uses it: folders that only some nodes see, workers that are lost."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.exceptions import OutOfMemoryError
 
 from tuning import runtime
 from wesam.errors import InputError
@@ -41,6 +44,17 @@ def test_every_node_has_to_see_the_folder_for_checkpoints(
         with pytest.raises(InputError, match=f"{told}.*s3://"):
             runtime.check_storage(str(tmp_path))
     assert not list(tmp_path.iterdir()), "the marker is left behind"
+
+
+def test_a_worker_killed_for_its_memory_is_a_lost_one() -> None:
+    lost: list[Exception] = []
+    manager: Any = SimpleNamespace(_failed_actor_ids=set(), _cleanup_actor=lambda tracked_actor: None)
+    actor = SimpleNamespace(actor_id="a", _on_error=lambda actor, e: lost.append(e))
+    task = SimpleNamespace(_tracked_actor=actor, _on_error=None)
+    runtime._task_failed(manager, task, OutOfMemoryError("1 worker was killed\nmuch more"))
+    assert [str(e) for e in lost] == ["1 worker was killed"]
+    with pytest.raises(RuntimeError):
+        runtime._task_failed(manager, task, ValueError("else"))
 
 
 TWO_NODES = """
