@@ -57,7 +57,12 @@ def test_supervised_adaptation_wins_four_points_back(sam: Sam, domain: str) -> N
     assert gains(sam, domain, "supervised", seeds=1)[0] >= 0.04
 
 
-@pytest.mark.parametrize("domain", SHIFTED)
-def test_weak_labels_win_more_than_the_spread_over_seeds(sam: Sam, domain: str) -> None:
-    found = gains(sam, domain, "wesam", seeds=3)
+@pytest.mark.parametrize("domain", [d for d in SHIFTED if d != "camouflaged"])
+def test_weak_labels_win_a_point(sam: Sam, domain: str) -> None:
+    assert gains(sam, domain, "wesam", seeds=1)[0] >= 0.01
+
+
+def test_weak_labels_win_more_than_the_spread_over_seeds(sam: Sam) -> None:
+    """Where they win least; ``wesam compare --seeds 3`` tells it of all."""
+    found = gains(sam, "camouflaged", "wesam", seeds=3)
     assert statistics.mean(found) > statistics.stdev(found), found
