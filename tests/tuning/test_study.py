@@ -40,10 +40,10 @@ def test_ctrl_c_keeps_what_is_there_and_leaves_no_process_and_the_study_can_go_o
 ) -> None:
     tune = [sys.executable, "-m", "tuning"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri}
-    fixed = ["eval_every=8", "optim.batch_size=1", "lora.rank=1", "lora.targets=qkv"]
+    fixed = ["eval_every=30", "optim.batch_size=1", "lora.rank=1", "lora.targets=qkv"]
     options = ["--seeds", "1", *(part for f in fixed for part in ("--set", f))]
     run = subprocess.Popen(
-        [*tune, "run", "--name", "s", "--domain", str(small), "--trials", "4", "--steps", "8", *options],
+        [*tune, "run", "--name", "s", "--domain", str(small), "--trials", "4", "--steps", "30", *options],
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert run.stdout is not None
@@ -56,6 +56,7 @@ def test_ctrl_c_keeps_what_is_there_and_leaves_no_process_and_the_study_can_go_o
     with pytest.raises(InputError, match=f"'s' is running already, in process {run.pid}"):
         resume_study("s", second)
     second.close()
+    time.sleep(3)  # the next trial has begun to train
     os.killpg(run.pid, signal.SIGINT)
     assert run.wait(timeout=120) == 130
     deadline = time.monotonic() + 20
@@ -71,7 +72,7 @@ def test_ctrl_c_keeps_what_is_there_and_leaves_no_process_and_the_study_can_go_o
     killed = [r for r in tracker.find("trial") if r.info.status == "KILLED"]
     reached = {r.info.run_id: json.loads(r.data.tags[CHECKPOINT])["step"] for r in killed if CHECKPOINT in r.data.tags}
     assert reached
-    assert all(0 < step < 8 for step in reached.values()), "none has been evaluated yet: it was told in time"
+    assert all(0 < step < 30 for step in reached.values()), "none has been evaluated yet: it was told in time"
 
     done = subprocess.run([*tune, "resume", "s"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -84,7 +85,7 @@ def test_ctrl_c_keeps_what_is_there_and_leaves_no_process_and_the_study_can_go_o
     assert reached.keys() <= {r.info.run_id for r in finished}, "what had a checkpoint goes on in its own run"
     for trial, step in reached.items():
         (began,) = tracker.client.get_metric_history(trial, "went_on_from")
-        assert (began.value, [m.step for m in tracker.client.get_metric_history(trial, "val_miou")]) == (step, [0, 8])
+        assert (began.value, [m.step for m in tracker.client.get_metric_history(trial, "val_miou")]) == (step, [0, 30])
     assert {r.info.status for level in ("study", "domain") for r in tracker.find(level)} == {"FINISHED"}  # type: ignore[arg-type]
     tracker.close()
 
