@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tuning import DEFAULT_URI, URI_VARIABLE
-from tuning.plan import BUDGET, COLUMNS, DEMO, KEYS, Lines, check, in_file, make_plan, read_study
+from tuning.plan import BUDGET, COLUMNS, DEMO, KEYS, Lines, check, in_file, make_plan, read_study, shown
 from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, guarded, json_file, program, table, write_json
 from wesam.errors import InputError, at
 from wesam.sam import model_names
@@ -29,7 +29,7 @@ def _told(args: argparse.Namespace) -> None:
     except Exception as e:
         if not type(e).__module__.startswith("mlflow."):
             raise
-        raise InputError(f"MLflow at {args.tracking_uri}: {str(e).splitlines()[0][:200]}") from None
+        raise InputError(f"MLflow at {shown(args.tracking_uri)}: {shown(str(e)).splitlines()[0][:200]}") from None
 
 
 def _parser() -> Parser:

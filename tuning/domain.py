@@ -15,7 +15,7 @@ from tuning import joint, runtime
 from tuning.conclusion import RESULT, Row, conclude
 from tuning.confirm import DIRECT, SEED, SUPERVISED, Confirmation, Proposal
 from tuning.listener import CHECKPOINT, Listener
-from tuning.plan import REFERENCES
+from tuning.plan import REFERENCES, shown
 from tuning.replay import Past, tell
 from tuning.sampler import catch_up, enqueue
 from tuning.schedulers import KEPT, Stopping, make_scheduler
@@ -73,11 +73,11 @@ class DomainSearch(threading.Thread):
             for run in runs:
                 run.close("FINISHED")
         except Exception as e:  # the other searches go on
-            reason = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
+            reason = shown(str(e)).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
             self.rows = [{"domain": t.name, "error": reason} for t in self._targets]
             if not c.stop.is_set():
                 c.board.say(f"failed: {reason}", self.name)
-                told = traceback.format_exc().encode()
+                told = shown(traceback.format_exc()).encode()
                 for run in runs:
                     run.attach(lambda: {ERROR: told})
                     run.close("FAILED")

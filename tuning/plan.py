@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -192,10 +193,21 @@ class Plan:
         return cls(**{**found, "warm": tuple((source, point) for source, point in found["warm"])})
 
 
-def shown(url: str) -> str:
-    """The address without its password."""
-    without = re.sub(r"(://[^:/@]*):[^@]*@", rf"\1:{HIDDEN}@", url)
-    return re.sub(r"([?&]password=)[^&]*", rf"\1{HIDDEN}", without)
+def shown(text: str) -> str:
+    """An address, or a text with addresses in it, without their passwords."""
+    without = re.sub(r"(://[^:/@\s]*):[^@\s]*@", rf"\1:{HIDDEN}@", text)
+    return re.sub(r"([?&]password=)[^&\s]*", rf"\1{HIDDEN}", without)
+
+
+def open_address(address: str) -> str:
+    """The address, which runs, results and checkpoints are going to say; raises InputError if a password is in it."""
+    try:
+        password = urlsplit(address).password if "://" in address else None
+    except ValueError:
+        password = None
+    if password is not None:
+        raise InputError(f"{shown(address)} has a password in it, which everyone would see: give it by the environment")
+    return address
 
 
 class _Loader(yaml.SafeLoader):
@@ -365,7 +377,7 @@ def _check_method(base: Config, space: Space) -> None:
 def _load(domains: tuple[str, ...]) -> list[Domain]:
     if not domains:
         raise InputError("no domain given: use --domain NAME, once or more, or --demo")
-    loaded = [load_domain(d) for d in domains]
+    loaded = [load_domain(open_address(d)) for d in domains]
     for domain in loaded:
         if not re.fullmatch(WORD, domain.name):
             raise InputError(f"a folder's name is its domain's: {domain.name!r} has more than letters, digits and -_.+")
@@ -382,7 +394,7 @@ def _name(text: str) -> str:
 
 def _storage(text: str) -> str:
     if "://" in text:
-        return text
+        return open_address(text)
     folder = Path(text).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 
 from tuning import DEFAULT_URI, URI_VARIABLE
 from tuning.card import About, card, judged_by, score, summary
-from tuning.plan import WORDS
+from tuning.plan import WORDS, shown
 from tuning.tracking import PARENT, ROLE, Tracker, sqlite_file
 from wesam import AdaptedSam, load_sam
 from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE, made_for
@@ -198,7 +198,7 @@ def opened(tracking_uri: str | None = None) -> Iterator[Tracker]:
     try:
         yield tracker
     except MlflowException as e:
-        raise InputError(f"MLflow at {uri}: {str(e).splitlines()[0][:200]}") from None
+        raise InputError(f"MLflow at {tracker.uri}: {shown(str(e)).splitlines()[0][:200]}") from None
     finally:
         tracker.close()
 

@@ -27,6 +27,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunI
 from mlflow.entities import Run as Stored
 from mlflow.exceptions import MlflowException, RestException
 
+from tuning.plan import shown
 from wesam.config import Config, Value
 from wesam.data import NOTES, parted
 from wesam.data.files import is_address
@@ -81,7 +82,8 @@ class Tracker:
 
     def __init__(self, uri: str) -> None:
         """Raises InputError if it cannot be reached now."""
-        self.uri = uri
+        self.uri = shown(uri)
+        """Where it is, without a password."""
         self._writer = ThreadPoolExecutor(1, "mlflow")
         self._hurry = threading.Event()
         self._open: list[Run] = []
@@ -90,7 +92,7 @@ class Tracker:
             self.client = MlflowClient(uri, uri)
             self.client.search_experiments(max_results=1)
         except Exception as e:  # every store has errors of its own
-            raise InputError(f"cannot reach MLflow at {uri}: {_first_line(e)}") from None
+            raise InputError(f"cannot reach MLflow at {self.uri}: {_first_line(e)}") from None
 
     def _experiment(self, name: str) -> str:
         """The id of the experiment of this name, which is made if there is none."""
@@ -369,7 +371,7 @@ def environment() -> dict[str, str]:
 
 def sqlite_file(uri: str) -> Path | None:
     """The database file that a tracking URI names, if it names one."""
-    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute() if uri.startswith("sqlite:///") else None
 
 
 def _version(package: str) -> str:
@@ -387,5 +389,5 @@ def _unreachable(e: MlflowException) -> bool:
 
 
 def _first_line(e: Exception) -> str:
-    lines = str(e).splitlines()
+    lines = shown(str(e)).splitlines()
     return lines[0][:200] if lines else type(e).__name__
