@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from tuning import DEFAULT_URI, URI_VARIABLE
@@ -238,8 +239,8 @@ def _best(args: argparse.Namespace) -> None:
             print(f"an older version has registered it, without a card: there is no {registry.CARD}")
             card = ""
         print(f"adapter, {registry.SETTINGS}{card}, in {args.out}{before}; go on with:")
-        common = f"--adapter {args.out}" + ("" if t["model"] in model_names() else f" --model {t['model']}")
-        data = f"--domain {t['domain']} --prompt {t.get('val_prompt', t['prompt'])} --split test"
+        common = f"--adapter {args.out}" + ("" if t["model"] in model_names() else f" --model {quote(t['model'])}")
+        data = f"--domain {quote(t['domain'])} --prompt {t.get('val_prompt', t['prompt'])} --split test"
         print(f"  {program('wesam')} evaluate {data} {common}")
         print(f"  {program('wesam')} predict IMAGE --box X0,Y0,X1,Y1 {common} --out mask.png")
 

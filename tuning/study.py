@@ -20,13 +20,12 @@ from tuning.budget import Budget
 from tuning.conclusion import RESULT
 from tuning.domain import DomainSearch
 from tuning.joint import JOINT
-from tuning.plan import BUDGET, HIDDEN, Plan, shown
+from tuning.plan import BUDGET, HIDDEN, Plan, load_domains, shown
 from tuning.progress import Board
 from tuning.sampler import open_storage, open_study
 from tuning.target import Context, study_tags
 from tuning.tracking import Tracker
 from wesam.config import Config, Value
-from wesam.data import load_domain
 from wesam.errors import InputError, unknown
 
 PLAN = "plan.json"
@@ -115,7 +114,7 @@ def _studies(tracker: Tracker) -> dict[str, Stored]:
 def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any]:
     """stored: the study's run, if it has been begun already."""
     began = time.monotonic()
-    domains = [load_domain(d) for d in plan.domains]
+    domains = load_domains(plan.domains)
     searched = (
         {JOINT: plan.domains} if plan.joint else {d.name: (g,) for d, g in zip(domains, plan.domains, strict=True)}
     )

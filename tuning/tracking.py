@@ -51,6 +51,9 @@ TRIES = 4
 """Attempts to store artifacts; what else than a server that is away hinders it, nobody knows."""
 
 
+MOST_BYTES = 2**30
+"""Of an artifact folder; an adapter of rank 256 on every linear layer of the largest SAM has less."""
+
 DIGEST = 36
 """Characters of a data set's digest that MLflow takes."""
 
@@ -167,10 +170,13 @@ class Tracker:
         self.later(lambda: None).result()
 
     def files(self, run_id: str, path: str) -> dict[str, bytes]:
-        """The files of an artifact folder by name."""
+        """The files of an artifact folder by name; raises InputError if they are too large."""
+        size = sum(f.file_size or 0 for f in self.client.list_artifacts(run_id, path))
+        if size > MOST_BYTES:
+            raise InputError(f"the artifacts of run {run_id} in {path or '.'} have {size} bytes: not fetched")
         with tempfile.TemporaryDirectory() as folder:
             local = Path(self.client.download_artifacts(run_id, path, folder))
-            return {f.name: f.read_bytes() for f in sorted(local.iterdir()) if f.is_file()}
+            return {f.name: f.read_bytes() for f in sorted(local.iterdir()) if f.is_file() and not f.is_symlink()}
 
     def at(self, run_id: str, metric: str, step: int) -> float:
         """A metric's value at a step; KeyError if it has none there."""

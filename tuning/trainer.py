@@ -25,7 +25,8 @@ from segment_anything.modeling import Sam
 
 from tuning import joint
 from tuning.plan import Plan
-from wesam import Config, Report, Scores, adapt, load_domain, load_sam
+from wesam import Config, InputError, Report, Scores, adapt, load_domain, load_sam
+from wesam.sam.checkpoints import own_file
 
 METRIC = "best_score"
 """What is searched for and ranked by: the best :func:`tuning.joint.score` that the trial has reached so far."""
@@ -82,7 +83,7 @@ def drive(setting: Setting, config: Config, resume: Path | None, send: Send) -> 
     those of the source model do not. What it has reached before counts.
     """
     plan = setting.plan
-    best = json.loads((resume / PROGRESS_FILE).read_text())[METRIC] if resume else -math.inf
+    best = _reached(resume) if resume else -math.inf
     sums = _Sums()
     sam = source_model(plan.model)
     domains = {d: load_domain(d) for d in setting.direct}
@@ -117,6 +118,17 @@ def drive(setting: Setting, config: Config, resume: Path | None, send: Send) -> 
             sums = _Sums()
     except FloatingPointError:
         return
+
+
+def _reached(checkpoint: Path) -> float:
+    """The METRIC by the time of a checkpoint; raises InputError if it does not say that."""
+    try:
+        best = float(json.loads(own_file(checkpoint / PROGRESS_FILE).read_text())[METRIC])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as e:
+        raise InputError(f"cannot go on from {checkpoint}: {PROGRESS_FILE}: {e}") from None
+    if not math.isfinite(best):
+        raise InputError(f"cannot go on from {checkpoint}: {PROGRESS_FILE} has {best} for {METRIC}")
+    return best
 
 
 def folder_of(checkpoint: Path, domain: str, plan: Plan) -> Path:
