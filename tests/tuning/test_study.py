@@ -86,8 +86,8 @@ def test_ctrl_c_keeps_what_is_finished_and_leaves_no_process_and_the_study_can_g
     roles = [r.data.tags[ROLE] for r in finished if ROLE in r.data.tags]
     assert (roles.count("direct"), roles.count("supervised")) == (1, 1)
     assert interrupted <= {r.info.run_id for r in finished}, "what had a checkpoint goes on in its own run"
-    for run in interrupted:
-        steps = [m.step for m in tracker.client.get_metric_history(run, "val_miou")]
+    for run_id in interrupted:
+        steps = [m.step for m in tracker.client.get_metric_history(run_id, "val_miou")]
         assert steps == list(range(7)), "and from its checkpoint, not from the beginning"
     assert {r.info.status for level in ("study", "domain") for r in tracker.find(level)} == {"FINISHED"}  # type: ignore[arg-type]
     tracker.close()
