@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo install lint test test-slow clean
+.PHONY: demo install lint test test-slow audit clean
 
 demo: install  ## a study on three procedural domains: 10 to 15 minutes on two cores
 	$(BIN)/python -m tuning run --demo
@@ -25,6 +25,10 @@ test: lint  ## lint, and every test that is not slow, two files at a time
 
 test-slow: install  ## the tests marked slow, two at a time
 	$(BIN)/python -m pytest -m slow -n 2
+
+audit: install  ## what is known against the packages of constraints.txt: docs/security.md
+	test -x .venv/audit/bin/pip-audit || { $(PYTHON) -m venv .venv/audit && .venv/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit; }
+	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 clean:  ## the environment and what tools have cached; studies (runs, mlflow.db, mlartifacts) stay
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

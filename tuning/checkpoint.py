@@ -17,6 +17,7 @@ from ray.train import Checkpoint
 from tuning.plan import Plan
 from wesam import Report
 from wesam.errors import InputError
+from wesam.sam.checkpoints import own_file
 
 PROGRESS_FILE = "progress.json"
 """Beside the adapter in a checkpoint: a :class:`Progress`, and the digest of every other file."""
@@ -58,10 +59,11 @@ def progress_of(folder: Path) -> Progress:
     Raises InputError if any of its files is not as it was written.
     """
     try:
-        told = json.loads((folder / PROGRESS_FILE).read_text())
+        told = json.loads(own_file(folder / PROGRESS_FILE).read_text())
         whole = told.pop(DIGESTS).items() <= _digests(folder).items()  # Ray may have put files of its own there
-        found = Progress(**told)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        found = Progress(int(told["step"]), float(told["best"]), bool(told["best_here"]))
+        whole = whole and not math.isnan(found.best)
+    except (OSError, InputError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         whole = False
     if not whole:
         raise InputError("the checkpoint is damaged: a file of it is not as it was written")

@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from tuning import DEFAULT_URI, URI_VARIABLE
-from tuning.plan import BUDGET, COLUMNS, DEMO, KEYS, Lines, check, in_file, make_plan, read_study
+from tuning.plan import BUDGET, COLUMNS, DEMO, KEYS, Lines, check, in_file, make_plan, read_study, shown
 from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, guarded, json_file, program, table, write_json
 from wesam.errors import InputError, at
 from wesam.sam import model_names
@@ -29,7 +30,7 @@ def _told(args: argparse.Namespace) -> None:
     except Exception as e:
         if not type(e).__module__.startswith("mlflow."):
             raise
-        raise InputError(f"MLflow at {args.tracking_uri}: {str(e).splitlines()[0][:200]}") from None
+        raise InputError(f"MLflow at {shown(args.tracking_uri)}: {shown(str(e)).splitlines()[0][:200]}") from None
 
 
 def _parser() -> Parser:
@@ -238,8 +239,8 @@ def _best(args: argparse.Namespace) -> None:
             print(f"an older version has registered it, without a card: there is no {registry.CARD}")
             card = ""
         print(f"adapter, {registry.SETTINGS}{card}, in {args.out}{before}; go on with:")
-        common = f"--adapter {args.out}" + ("" if t["model"] in model_names() else f" --model {t['model']}")
-        data = f"--domain {t['domain']} --prompt {t.get('val_prompt', t['prompt'])} --split test"
+        common = f"--adapter {args.out}" + ("" if t["model"] in model_names() else f" --model {quote(t['model'])}")
+        data = f"--domain {quote(t['domain'])} --prompt {t.get('val_prompt', t['prompt'])} --split test"
         print(f"  {program('wesam')} evaluate {data} {common}")
         print(f"  {program('wesam')} predict IMAGE --box X0,Y0,X1,Y1 {common} --out mask.png")
 

@@ -14,8 +14,8 @@ from ray import tune
 from tuning import joint, runtime
 from tuning.conclusion import RESULT, Row, conclude
 from tuning.confirm import DIRECT, SEED, SUPERVISED, Confirmation, Proposal
-from tuning.listener import CHECKPOINT, Listener
-from tuning.plan import REFERENCES
+from tuning.listener import CHECKPOINT, Listener, read_state
+from tuning.plan import REFERENCES, Plan, shown
 from tuning.replay import Past, tell
 from tuning.sampler import catch_up, enqueue
 from tuning.schedulers import KEPT, Stopping, make_scheduler
@@ -78,11 +78,11 @@ class DomainSearch(threading.Thread):
             for run in runs:
                 run.close("FINISHED")
         except Exception as e:  # the other searches go on
-            reason = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
+            reason = shown(str(e)).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
             self.rows = [{"domain": t.name, "error": reason} for t in self._targets]
             if not c.stop.is_set():
                 c.board.say(f"failed: {reason}", self.name)
-                told = traceback.format_exc().encode()
+                told = shown(traceback.format_exc()).encode()
                 for run in runs:
                     run.attach(lambda: {ERROR: told})
                     run.close("FAILED")
@@ -123,7 +123,7 @@ class DomainSearch(threading.Thread):
         start = joint.score(plan, direct, direct)
         before = trials_by_role(c.tracker, run.id)
         done = before[None]
-        unfinished = [] if self._before is None else _unfinished(c.tracker, run.id)
+        unfinished = [] if self._before is None else _unfinished(c.tracker, run.id, plan)
         going_on = [p for p in unfinished if "role" not in p]
         taken = {t.number for t in done} | {p["number"] for p in going_on}
         left = [n for n in range(1, plan.trials + 1) if n not in taken]
@@ -167,7 +167,7 @@ def past(tracker: Tracker, trial: Trial) -> Past:
     return Past(int(trial.config["steps"]), trial.reference == KEPT, curve)
 
 
-def _unfinished(tracker: Tracker, domain_run: str) -> list[Proposal]:
+def _unfinished(tracker: Tracker, domain_run: str, plan: Plan) -> list[Proposal]:
     """The trials that were interrupted after a checkpoint, to go on with; what has none is closed as failed."""
     found: list[tuple[bool, int, Proposal]] = []
     for stored in tracker.find("trial", parent=domain_run):
@@ -177,7 +177,7 @@ def _unfinished(tracker: Tracker, domain_run: str) -> list[Proposal]:
         if CHECKPOINT not in tags:
             tracker.reopen(stored).close("FAILED")
             continue
-        state = json.loads(tags[CHECKPOINT])
+        state = read_state(tags[CHECKPOINT], plan)
         proposal = {k: v for k, v in json.loads(tags["wesam.proposal"]).items() if v is not None}
         config = Config().parse([f"{k}={v}" for k, v in stored.data.params.items()])
         go_on = {"config": config.flat(), "run": stored.info.run_id, "resume": state["latest"], "state": state}

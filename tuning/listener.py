@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from ray import tune
@@ -23,6 +23,7 @@ from tuning.tracking import Run, Tracker
 from tuning.trainer import METRIC
 from wesam import Scores
 from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE
+from wesam.errors import InputError
 
 PROPOSED = ("number", "label", "point", "optuna", "reference", "role", "of")
 """What of a proposal is kept in its run's tags; its configuration is in the run's parameters."""
@@ -75,6 +76,20 @@ CHECKPOINT = "wesam.checkpoint"
 """The tag from which an interrupted trial can be gone on with."""
 
 STATE = ("step", "best", "best_step", "latest", "checkpoint")
+
+
+def read_state(tag: str, plan: Plan) -> dict[str, Any]:
+    """What the tag CHECKPOINT says; raises InputError if it is none, or its checkpoints are not among the study's."""
+    root = PurePosixPath(plan.storage.partition("://")[2].partition("?")[0] or plan.storage) / plan.name
+    try:
+        found = json.loads(tag)
+        paths = [PurePosixPath(p) for p in (found["latest"], found["checkpoint"]) if p is not None]
+        state = {k: found[k] for k in STATE}
+    except (ValueError, TypeError, KeyError) as e:
+        raise InputError(f"the tag {CHECKPOINT} of a trial is none: {e}") from None
+    if any(not p.is_relative_to(root) or ".." in p.parts for p in paths):
+        raise InputError(f"the tag {CHECKPOINT} of a trial names a checkpoint that is not in {root}: not read")
+    return state
 
 
 class Listener(tune.Callback):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import yaml
 
@@ -74,8 +75,8 @@ _NAMED: dict[str, Any] = {"sampler": Sampler, "scheduler": Scheduler, "objective
 HIDDEN = "***"
 """What stands for a password."""
 
-WORD = r"[\w.+-]{1,100}"
-"""What names runs, registered models and folders."""
+WORD = r"(?!\.*\Z)[\w.+-]{1,100}"
+"""What names runs, registered models and folders; so no separator, and nothing but dots neither."""
 
 _OPTIONS = ("prompt", "crop", "seed")
 """Fields of Config that are given as a study's own keys, not among its hyperparameters."""
@@ -126,6 +127,9 @@ class Plan:
     """Their name before the domain's; several studies may share one. Empty: the study's own."""
     warm: tuple[tuple[str, dict[str, Value]], ...] = ()
     """What other studies found best: where, and the configuration's fields."""
+
+    def __post_init__(self) -> None:
+        checked_name(self.name, "--name")
 
     def config(self, reference: str | None, point: Mapping[str, Value]) -> Config:
         """The configuration of a trial: that of a reference, or the base changed at a point of the space.
@@ -192,10 +196,21 @@ class Plan:
         return cls(**{**found, "warm": tuple((source, point) for source, point in found["warm"])})
 
 
-def shown(url: str) -> str:
-    """The address without its password."""
-    without = re.sub(r"(://[^:/@]*):[^@]*@", rf"\1:{HIDDEN}@", url)
-    return re.sub(r"([?&]password=)[^&]*", rf"\1{HIDDEN}", without)
+def shown(text: str) -> str:
+    """An address, or a text with addresses in it, without their passwords."""
+    without = re.sub(r"(://[^:/@\s]*):[^@\s]*@", rf"\1:{HIDDEN}@", text)
+    return re.sub(r"([?&]password=)[^&\s]*", rf"\1{HIDDEN}", without)
+
+
+def open_address(address: str) -> str:
+    """The address, which runs, results and checkpoints are going to say; raises InputError if a password is in it."""
+    try:
+        password = urlsplit(address).password if "://" in address else None
+    except ValueError:
+        password = None
+    if password is not None:
+        raise InputError(f"{shown(address)} has a password in it, which everyone would see: give it by the environment")
+    return address
 
 
 class _Loader(yaml.SafeLoader):
@@ -302,7 +317,7 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
     _check_numbers(s, changed)
     with at("domains"):
         domains = tuple(located(str(d), s.get("data", "")) for d in s.get("domains", ()))
-        loaded = _load(domains)
+        loaded = load_domains(domains)
     for domain in loaded:
         domain.check(changed)
         with at("objective"):
@@ -311,7 +326,7 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
                     f"objective: the {s['objective']} of {domain.name} is not known: it has no masks on val"
                 )
     with at("name"):
-        name = _name(s.get("name") or f"{'-'.join(d.name for d in loaded)}-{prompt}")
+        name = checked_name(s.get("name") or f"{'-'.join(d.name for d in loaded)}-{prompt}", "--name")
     words: dict[str, Any] = {}
     for key, kind in _NAMED.items():
         with at(key):
@@ -362,10 +377,11 @@ def _check_method(base: Config, space: Space) -> None:
             raise InputError(f"{path} needs given boxes: use --prompt {' or '.join(BOXES)}")
 
 
-def _load(domains: tuple[str, ...]) -> list[Domain]:
+def load_domains(domains: tuple[str, ...]) -> list[Domain]:
+    """The domains of a study, as given; raises InputError for what none can be named, or name a folder, after."""
     if not domains:
         raise InputError("no domain given: use --domain NAME, once or more, or --demo")
-    loaded = [load_domain(d) for d in domains]
+    loaded = [load_domain(open_address(d)) for d in domains]
     for domain in loaded:
         if not re.fullmatch(WORD, domain.name):
             raise InputError(f"a folder's name is its domain's: {domain.name!r} has more than letters, digits and -_.+")
@@ -374,15 +390,16 @@ def _load(domains: tuple[str, ...]) -> list[Domain]:
     return loaded
 
 
-def _name(text: str) -> str:
+def checked_name(text: str, what: str) -> str:
+    """The text, if it may name a folder; raises InputError, which calls it so, if it may not."""
     if not re.fullmatch(WORD, text):
-        raise InputError(f"--name {text!r}: use letters, digits, '-', '_', '+' and '.'")
+        raise InputError(f"{what} {text[:100]!r}: use letters, digits, '-', '_', '+' and '.'")
     return text
 
 
 def _storage(text: str) -> str:
     if "://" in text:
-        return text
+        return open_address(text)
     folder = Path(text).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import warnings
@@ -20,7 +21,7 @@ from mlflow.exceptions import MlflowException
 
 from tuning import DEFAULT_URI, URI_VARIABLE
 from tuning.card import About, card, judged_by, score, summary
-from tuning.plan import WORDS
+from tuning.plan import WORD, WORDS, checked_name, shown
 from tuning.tracking import PARENT, ROLE, Tracker, sqlite_file
 from wesam import AdaptedSam, load_sam
 from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE, made_for
@@ -102,7 +103,8 @@ def promote(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str])
 
 
 def champion(tracker: Tracker, domain: str) -> Entry | None:
-    """The domain's champion, if there is one."""
+    """The domain's champion, if there is one; raises InputError for what is no domain's name."""
+    checked_name(domain, "domain")
     try:
         found = tracker.client.get_model_version_by_alias(PREFIX + domain, ALIAS)
     except MlflowException as e:
@@ -118,7 +120,8 @@ def champions(tracker: Tracker) -> list[Entry]:
     token = None
     while True:
         page = tracker.client.search_registered_models(f"name LIKE '{PREFIX}%'", page_token=token)
-        names += [m.name.removeprefix(PREFIX) for m in page if ALIAS in m.aliases]
+        found = [m.name.removeprefix(PREFIX) for m in page if ALIAS in m.aliases]
+        names += [n for n in found if re.fullmatch(WORD, n)]  # others are no domain's
         token = page.token
         if not token:
             break
@@ -160,10 +163,11 @@ def best_folder(domain: str, tracking_uri: str | None = None) -> Path:
         entry, config = fetch(tracker, domain, None)
         kept = home() / "adapters" / f"{domain}-{entry.version}-{entry.run_id}"
         if not kept.is_dir():
+            files = _files(tracker, entry, config)
             try:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 new = Path(tempfile.mkdtemp(dir=kept.parent, prefix=f".{kept.name}-"))
-                for name, contents in _files(tracker, entry, config).items():
+                for name, contents in files.items():
                     (new / name).write_bytes(contents)
                 try:
                     new.rename(kept)
@@ -198,7 +202,7 @@ def opened(tracking_uri: str | None = None) -> Iterator[Tracker]:
     try:
         yield tracker
     except MlflowException as e:
-        raise InputError(f"MLflow at {uri}: {str(e).splitlines()[0][:200]}") from None
+        raise InputError(f"MLflow at {tracker.uri}: {shown(str(e)).splitlines()[0][:200]}") from None
     finally:
         tracker.close()
 
@@ -231,7 +235,7 @@ def _register(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / MODEL
         (adapter := Path(folder) / ADAPTER).mkdir()
-        for file, contents in tracker.files(run_id, place_of(ADAPTER, domain, tags.get("joint"))).items():
+        for file, contents in _adapter(tracker, run_id, place_of(ADAPTER, domain, tags.get("joint"))).items():
             (adapter / file).write_bytes(contents)
         package(adapter, out)
         (out / CARD).write_text(told)
@@ -277,7 +281,7 @@ def _about(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str]) 
         scores = dict(tracker.client.get_run(parent).data.metrics)
         trials = sum(ROLE not in r.data.tags for r in tracker.find("trial", parent=parent))
     scores |= {k: n for k, v in tags.items() if (n := _number(v)) is not None}
-    base = json.loads(tracker.files(run_id, place_of(ADAPTER, domain, tags.get("joint")))[CONFIG_FILE])[
+    base = json.loads(_adapter(tracker, run_id, place_of(ADAPTER, domain, tags.get("joint")))[CONFIG_FILE])[
         "base_model_name_or_path"
     ]
     step = run.data.metrics.get("best_step")
@@ -289,12 +293,28 @@ def _about(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str]) 
 
 def _files(tracker: Tracker, entry: Entry, config: Mapping[str, Any]) -> dict[str, bytes]:
     """What is fetched of a champion."""
-    found = tracker.files(entry.run_id, place_of(ADAPTER, entry.domain, entry.tags.get("joint")))
+    found = _adapter(tracker, entry.run_id, place_of(ADAPTER, entry.domain, entry.tags.get("joint")))
     place = place_of(MODEL, entry.domain, entry.tags.get("joint"))
     settings = json.dumps(config, indent=2, sort_keys=True) + "\n"
     has_card = f"{place}/{CARD}" in (f.path for f in tracker.client.list_artifacts(entry.run_id, place))
     cards = {CARD: tracker.files(entry.run_id, place)[CARD]} if has_card else {}
     return {**found, SETTINGS: settings.encode(), **cards}
+
+
+def _adapter(tracker: Tracker, run_id: str, place: str) -> dict[str, bytes]:
+    """The two files of an adapter, and nothing else that lies there; raises InputError if they are not, or are none."""
+    found = tracker.files(run_id, place)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: found[name] for name in (CONFIG_FILE, WEIGHTS_FILE) if name in found}
+        for name, contents in files.items():
+            (Path(folder) / name).write_bytes(contents)
+        try:
+            made_for(Path(folder))
+        except InputError as e:
+            raise InputError(f"in run {run_id}: {str(e).replace(folder, place)}") from None
+    if len(files) != 2:
+        raise InputError(f"in run {run_id}: no adapter in {place}: {WEIGHTS_FILE} is missing")
+    return files
 
 
 def _check_free(out: Path) -> None:
@@ -309,7 +329,7 @@ def _value(text: str) -> Any:
     """A hyperparameter as MLflow has it, as a number or a truth value if it is one."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         return text
 
 
@@ -321,4 +341,5 @@ def _number(text: str | None) -> float | None:
 
 
 def _entry(found: ModelVersion) -> Entry:
-    return Entry(found.name.removeprefix(PREFIX), int(found.version), str(found.run_id), dict(found.tags))
+    run_id = checked_name(str(found.run_id), f"{found.name} is of the run")
+    return Entry(found.name.removeprefix(PREFIX), int(found.version), run_id, dict(found.tags))

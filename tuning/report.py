@@ -16,7 +16,7 @@ from tuning.conclusion import PICTURE, RESULT
 from tuning.domain import past
 from tuning.findings import Findings, Trust, front, read
 from tuning.opening import opening
-from tuning.plan import COLUMNS, WORDS, Plan
+from tuning.plan import COLUMNS, WORDS, Plan, checked_name
 from tuning.replay import Past, replay
 from tuning.sampler import BEST_OF, COST_METRICS
 from tuning.study import PLAN, find_study
@@ -63,6 +63,8 @@ def collect(tracker: Tracker, name: str) -> Collected:
     if RESULT not in files:
         raise InputError(f"the study {name!r} has not come to its end: python -m tuning resume {name}")
     result = json.loads(files[RESULT])
+    for row in result["domains"]:
+        checked_name(row["domain"], "domain")
     parts = [_part(tracker, row) for row in result["domains"] if "error" not in row]
     held = {r["domain"]: registry.champion(tracker, r["domain"]) for r in result["domains"]}
     champions = {domain: entry.version for domain, entry in held.items() if entry}

@@ -33,7 +33,11 @@ def start() -> None:
 
     With the dashboard: Ray Train's cleaner asks it which trials are gone before it gives their CPUs back.
     """
+    from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
+
     RayActorManager._actor_task_failed = _task_failed  # type: ignore[method-assign, assignment]
+    # what Tune sends to trials stands in Ray's logs and dashboard; nodes have their own, or that of the driver here
+    ENV_VARS_TO_PROPAGATE.difference_update([name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")])
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")

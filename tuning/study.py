@@ -21,13 +21,12 @@ from tuning.claim import held, refuse_second
 from tuning.conclusion import RESULT
 from tuning.domain import DomainSearch
 from tuning.joint import JOINT
-from tuning.plan import BUDGET, HIDDEN, Plan, shown
+from tuning.plan import BUDGET, HIDDEN, Plan, load_domains, shown
 from tuning.progress import Board
 from tuning.sampler import open_storage, open_study
 from tuning.target import Context, study_tags
 from tuning.tracking import Tracker
 from wesam.config import Config, Value
-from wesam.data import load_domain
 from wesam.errors import InputError, unknown
 
 PLAN = "plan.json"
@@ -121,7 +120,7 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
     began = time.monotonic()
     if stored is not None:
         refuse_second(tracker, stored)
-    domains = [load_domain(d) for d in plan.domains]
+    domains = load_domains(plan.domains)
     searched = (
         {JOINT: plan.domains} if plan.joint else {d.name: (g,) for d, g in zip(domains, plan.domains, strict=True)}
     )

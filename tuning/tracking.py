@@ -27,6 +27,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunI
 from mlflow.entities import Run as Stored
 from mlflow.exceptions import MlflowException, RestException
 
+from tuning.plan import shown
 from wesam.config import Config, Value
 from wesam.data import NOTES, parted
 from wesam.data.files import is_address
@@ -49,6 +50,9 @@ PATIENCE = 5.0
 TRIES = 4
 """Attempts to store artifacts; what else than a server that is away hinders it, nobody knows."""
 
+
+MOST_BYTES = 2**30
+"""Of an artifact folder; an adapter of rank 256 on every linear layer of the largest SAM has less."""
 
 DIGEST = 36
 """Characters of a data set's digest that MLflow takes."""
@@ -81,7 +85,8 @@ class Tracker:
 
     def __init__(self, uri: str) -> None:
         """Raises InputError if it cannot be reached now."""
-        self.uri = uri
+        self.uri = shown(uri)
+        """Where it is, without a password."""
         self._writer = ThreadPoolExecutor(1, "mlflow")
         self._hurry = threading.Event()
         self._open: list[Run] = []
@@ -90,7 +95,7 @@ class Tracker:
             self.client = MlflowClient(uri, uri)
             self.client.search_experiments(max_results=1)
         except Exception as e:  # every store has errors of its own
-            raise InputError(f"cannot reach MLflow at {uri}: {_first_line(e)}") from None
+            raise InputError(f"cannot reach MLflow at {self.uri}: {_first_line(e)}") from None
 
     def _experiment(self, name: str) -> str:
         """The id of the experiment of this name, which is made if there is none."""
@@ -165,10 +170,13 @@ class Tracker:
         self.later(lambda: None).result()
 
     def files(self, run_id: str, path: str) -> dict[str, bytes]:
-        """The files of an artifact folder by name."""
+        """The files of an artifact folder by name; raises InputError if they are too large."""
+        size = sum(f.file_size or 0 for f in self.client.list_artifacts(run_id, path))
+        if size > MOST_BYTES:
+            raise InputError(f"the artifacts of run {run_id} in {path or '.'} have {size} bytes: not fetched")
         with tempfile.TemporaryDirectory() as folder:
             local = Path(self.client.download_artifacts(run_id, path, folder))
-            return {f.name: f.read_bytes() for f in sorted(local.iterdir()) if f.is_file()}
+            return {f.name: f.read_bytes() for f in sorted(local.iterdir()) if f.is_file() and not f.is_symlink()}
 
     def at(self, run_id: str, metric: str, step: int) -> float:
         """A metric's value at a step; KeyError if it has none there."""
@@ -378,7 +386,7 @@ def environment() -> dict[str, str]:
 
 def sqlite_file(uri: str) -> Path | None:
     """The database file that a tracking URI names, if it names one."""
-    return Path(uri.removeprefix("sqlite:///")).absolute() if uri.startswith("sqlite:///") else None
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute() if uri.startswith("sqlite:///") else None
 
 
 def _version(package: str) -> str:
@@ -396,5 +404,5 @@ def _unreachable(e: MlflowException) -> bool:
 
 
 def _first_line(e: Exception) -> str:
-    lines = str(e).splitlines()
+    lines = shown(str(e)).splitlines()
     return lines[0][:200] if lines else type(e).__name__

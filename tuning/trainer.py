@@ -74,7 +74,7 @@ def source_model(name: str) -> Sam:
 def drive(setting: Setting, config: Config, resume: Path | None, best: float, send: Send) -> None:
     """Runs a trial, or the rest of it from a checkpoint, and sends a result at each evaluation after the first step.
 
-    best: the best score until then.
+    best: the best score until the checkpoint.
 
     In a joint study the trial adapts to all its domains, step by step in turn. It ends before its last step if it
     diverges: if a loss is no longer finite, or if nearly all masks on val of a domain hold nothing or everything and

@@ -15,8 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from segment_anything.modeling import Sam
 from torch import Tensor
 from torch.profiler import record_function
@@ -28,6 +27,7 @@ from wesam.data.domain import Domain
 from wesam.errors import InputError
 from wesam.evaluate import Scores, measure
 from wesam.methods import Batch, Method, checked_method
+from wesam.sam.checkpoints import read_tensors
 from wesam.views import flip, strong
 
 STATE_FILE = "state.safetensors"
@@ -88,6 +88,8 @@ def adapt(
         return _gathered(measure(model, mine, config.scored_with, label_free=label_free), len(val))
 
     done = _restore(resume, model, optimizer) if resume else 0
+    if not 0 <= done <= config.steps:
+        raise InputError(f"cannot go on from {resume}: it is from step {done} of {config.steps}")
     if done == 0:
         yield Report(0, config.steps, {}, 0.0, 0.0, direct or scores(), model, optimizer)
     for step in range(done, config.steps):
@@ -283,17 +285,21 @@ def _gathered(mine: list[dict[str, Tensor]], total: int) -> Scores:
 def _restore(directory: Path, model: AdaptedSam, optimizer: torch.optim.Adam) -> int:
     """Loads a checkpoint into the model and the optimiser; returns the steps it had done."""
     saved = AdaptedSam.load(model.anchor, directory)
+    student, teacher = model.trainable(), model.teacher_parameters()
+    if [p.shape for p in student] != [p.shape for p in saved.trainable()]:
+        raise InputError(f"the checkpoint in {directory} was made with another lora configuration")
+    adam = {f"{k}.{i}": p.shape for i, p in enumerate(student) for k in ("exp_avg", "exp_avg_sq")}
+    adam |= {f"step.{i}": torch.Size() for i in range(len(student))}
+    shapes = {"step": torch.Size(), **adam, **{f"teacher.{i}": p.shape for i, p in enumerate(teacher)}}
     try:
-        state = load_file(directory / STATE_FILE)
-    except (OSError, SafetensorError) as e:
+        state, _ = read_tensors(directory / STATE_FILE, shapes, optional=adam.keys())
+    except InputError as e:
         raise InputError(f"cannot go on from {directory}: {e}") from None
     with torch.no_grad():
-        for i, (p, q) in enumerate(zip(model.trainable(), saved.trainable(), strict=True)):
-            if p.shape != q.shape:
-                raise InputError(f"the checkpoint in {directory} was made with another lora configuration")
+        for i, (p, q) in enumerate(zip(student, saved.trainable(), strict=True)):
             p.copy_(q)
             names = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{i}" in state]
             optimizer.state[p] = {k: state[f"{k}.{i}"].clone() for k in names}
-        for i, t in enumerate(model.teacher_parameters()):
+        for i, t in enumerate(teacher):
             t.copy_(state[f"teacher.{i}"])
     return int(state["step"])

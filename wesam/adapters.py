@@ -6,21 +6,25 @@ matrices from PEFT: adapting adds a fraction of a percent to the memory, and not
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import peft
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from segment_anything.modeling import Sam
 from torch import Tensor, nn
 
 from wesam.config import ComputeConfig, Config, LoraConfig, Targets
-from wesam.errors import InputError
+from wesam.errors import InputError, one_of
+from wesam.sam import model_names
 from wesam.sam.attention import checkpoint_blocks
+from wesam.sam.checkpoints import HEADER_BYTES, own_file, read_tensors
 
 _BLOCK = r"image_encoder\.(stages\.\d+\.)?blocks\.\d+\."  # of SAM's ViT, and of TinyViT
 _TARGETS: dict[Targets, str] = {
@@ -103,29 +107,24 @@ class AdaptedSam:
 
     @classmethod
     def load(cls, sam: Sam, directory: Path) -> AdaptedSam:
-        """The adapter that :meth:`save` wrote, on the same SAM; raises InputError if it is none or another SAM's."""
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not (directory / name).is_file():
-                raise InputError(f"no adapter in {directory}: {name} is missing")
-        try:
-            config = peft.LoraConfig.from_pretrained(str(directory))
-            state = load_file(directory / WEIGHTS_FILE)
-            with safe_open(directory / WEIGHTS_FILE, "pt") as f:
-                crop = float((f.metadata() or {}).get("crop", 0))
-        except (OSError, ValueError, TypeError, SafetensorError) as e:
-            raise InputError(f"cannot read the adapter in {directory}: {e}") from None
-        if config.base_model_name_or_path != _name(sam):
-            wanted = config.base_model_name_or_path
-            raise InputError(f"the adapter in {directory} is for the model {wanted}, not {_name(sam)}")
-        config.inference_mode = False
+        """The adapter that :meth:`save` wrote, on the same SAM.
+
+        Raises InputError if it is none, or another SAM's: before any of its tensors is read for a file that holds
+        anything but what such an adapter needs, or is a link that leads out of the folder.
+        """
+        with _reading(directory):
+            base, lora, alpha = _said(directory)
+            if base != _name(sam):
+                raise InputError(f"it is for the model {base}, not {_name(sam)}")
+            state, about = read_tensors(directory / WEIGHTS_FILE, _lora_shapes(sam, lora))
+            if not all(t.isfinite().all() for t in state.values()):
+                raise InputError(f"{WEIGHTS_FILE} holds numbers that are not finite")
+            crop = Config(crop=_number(about.get("crop", "0"))).crop
+        config = _peft_config(sam, lora)
+        config.lora_alpha = alpha  # type: ignore[assignment]
         self = cls.__new__(cls)
-        self.anchor, self.crop, self.compute = sam, Config(crop=crop).crop, ComputeConfig()
+        self.anchor, self.crop, self.compute = sam, crop, ComputeConfig()
         self._peft = self._teacher = _wrap(sam, config, 0)
-        expected = {
-            k: v.shape for k, v in peft.get_peft_model_state_dict(self._peft, save_embedding_layers=False).items()
-        }
-        if {k: v.shape for k, v in state.items()} != expected:
-            raise InputError(f"the adapter in {directory} does not fit its own configuration: names or shapes differ")
         peft.set_peft_model_state_dict(self._peft, state)
         return self
 
@@ -133,15 +132,75 @@ class AdaptedSam:
 def made_for(directory: Path) -> str:
     """The name of the model that the adapter in a folder is for, as :func:`wesam.load_sam` knows it.
 
-    Whether it has the very weights, :meth:`AdaptedSam.load` sees. Raises InputError if no model is named.
+    Whether it has the very weights, :meth:`AdaptedSam.load` sees. Raises InputError if there is no adapter, and
+    for one of no model here.
     """
+    with _reading(directory):
+        name: str = one_of("model", _said(directory)[0].partition("-")[0], model_names())
+        return name
+
+
+@contextlib.contextmanager
+def _reading(directory: Path) -> Iterator[None]:
+    """Within this, an InputError says which adapter it is about."""
     try:
-        name = json.loads((directory / CONFIG_FILE).read_text())["base_model_name_or_path"]
-        return str(name).partition("-")[0]
-    except FileNotFoundError:
-        raise InputError(f"no adapter in {directory}: {CONFIG_FILE} is missing") from None
-    except (OSError, ValueError, TypeError, KeyError) as e:
+        yield
+    except InputError as e:
         raise InputError(f"cannot read the adapter in {directory}: {e}") from None
+
+
+def _said(directory: Path) -> tuple[str, LoraConfig, float]:
+    """What an adapter's configuration says: the model's name, where the matrices sit, and alpha.
+
+    Raises InputError if it says anything that :meth:`AdaptedSam.save` does not.
+    """
+    path = own_file(directory / CONFIG_FILE)
+    try:
+        if path.stat().st_size > HEADER_BYTES:
+            raise ValueError("it is too long")
+        given = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f"{CONFIG_FILE}: {e}") from None
+    if not isinstance(given, dict):
+        raise InputError(f"{CONFIG_FILE} is no object of fields")
+    plain = cast(dict[str, Any], peft.LoraConfig().to_dict())  # type: ignore[no-untyped-call]
+    for field, value in given.items():
+        if field not in _OWN and value != plain.get(field) and value not in (None, False, {}, []):
+            raise InputError(f"{CONFIG_FILE}: {field[:100]!r} is not known here, or not with this value")
+    base, rank, alpha = given.get("base_model_name_or_path"), given.get("r"), given.get("lora_alpha")
+    targets = [t for t, pattern in _TARGETS.items() if pattern == given.get("target_modules")]
+    if not isinstance(base, str) or not re.fullmatch(r"[\w.-]{1,100}", base):
+        raise InputError(f"{CONFIG_FILE}: base_model_name_or_path is no model's name")
+    if len(targets) != 1:
+        raise InputError(f"{CONFIG_FILE}: target_modules are not those of an adapter made here")
+    if type(rank) is not int or not isinstance(alpha, int | float):
+        raise InputError(f"{CONFIG_FILE}: r and lora_alpha must be numbers")
+    try:
+        ratio = float(f"{alpha / max(rank, 1):.12g}")  # without what dividing leaves at the end
+        return base, LoraConfig(rank=rank, alpha_ratio=ratio, targets=targets[0]), alpha
+    except (InputError, ArithmeticError) as e:
+        raise InputError(f"{CONFIG_FILE}: {e}") from None
+
+
+_OWN = ("base_model_name_or_path", "inference_mode", "lora_alpha", "peft_version", "r", "target_modules")
+"""Fields of an adapter's configuration that are not PEFT's defaults."""
+
+
+def _lora_shapes(sam: Sam, lora: LoraConfig) -> dict[str, tuple[int, int]]:
+    """The matrices A and B of each linear layer that has them, by their names in a file."""
+    layers = {n: m for n, m in sam.named_modules() if re.fullmatch(_TARGETS[lora.targets], n)}
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, layer in layers.items():
+        shapes[f"base_model.model.{name}.lora_A.weight"] = (lora.rank, layer.in_features)
+        shapes[f"base_model.model.{name}.lora_B.weight"] = (layer.out_features, lora.rank)
+    return shapes
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{WEIGHTS_FILE}: crop must be a number, got {text[:100]!r}") from None
 
 
 def autocast(sam: Sam, compute: ComputeConfig) -> torch.autocast:

@@ -40,6 +40,14 @@ def test_the_password_of_a_database_stays_out_of_the_json_and_makes_no_differenc
     assert plan(optuna="postgresql://me:secret@elsewhere/db").differs(first) == "optuna"
 
 
+@pytest.mark.parametrize("place", ["s3://key:secret@bucket/x", "http://me:secret@host/x+fog:5", "ftp://me:secret@host"])
+def test_addresses_that_a_run_will_tell_have_no_password(place: str) -> None:
+    for settings in ({"storage": place}, {"domains": [place]}):
+        with pytest.raises(InputError, match=r":\*\*\*@.*by the environment") as e:
+            plan(**settings)
+        assert "secret" not in str(e.value)
+
+
 def test_the_kind_of_an_axis_can_be_changed() -> None:
     space = plan(space={"lora.rank": {"choices": [2, 4]}}).space
     assert space["lora.rank"] == Axis(type="categorical", choices=(2, 4))

@@ -20,7 +20,10 @@ from typing import Any
 import mlflow
 import psutil
 import pytest
+import ray
+import requests
 from pycocotools import mask as rle
+from ray.tune.execution import class_cache
 
 from tuning import registry, report, tracking
 from tuning.cli import main, summary
@@ -39,15 +42,19 @@ def test_ctrl_c_keeps_what_is_there_and_leaves_no_process_and_the_study_can_go_o
     small: Path, tmp_path: Path, uri: str
 ) -> None:
     tune = [sys.executable, "-m", "tuning"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": uri}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": f"{uri}?password={WORDS[0]}"}
+    environment |= {**dict(zip(SECRETS, WORDS[2:], strict=True)), "PYTHONWARNINGS": "ignore:Query string argument"}
+    optuna = ["--optuna", f"sqlite:///{tmp_path}/optuna.db?password={WORDS[1]}"]
     fixed = ["eval_every=30", "optim.batch_size=1", "lora.rank=1", "lora.targets=qkv"]
-    options = ["--seeds", "1", *(part for f in fixed for part in ("--set", f))]
+    options = ["--seeds", "1", *optuna, *(part for f in fixed for part in ("--set", f))]
     run = subprocess.Popen(
         [*tune, "run", "--name", "s", "--domain", str(small), "--trials", "4", "--steps", "30", *options],
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     assert run.stdout is not None
+    said = ""
     for line in run.stdout:
+        said += line
         if "trial " in line and "/4" in line:
             break
     family = psutil.Process(run.pid).children(recursive=True)
@@ -74,7 +81,9 @@ def test_ctrl_c_keeps_what_is_there_and_leaves_no_process_and_the_study_can_go_o
     assert reached
     assert all(0 < step < 30 for step in reached.values()), "none has been evaluated yet: it was told in time"
 
-    done = subprocess.run([*tune, "resume", "s"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*tune, "resume", "s", *optuna], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     finished = [r for r in tracker.find("trial") if r.info.status == "FINISHED"]
@@ -88,6 +97,38 @@ def test_ctrl_c_keeps_what_is_there_and_leaves_no_process_and_the_study_can_go_o
         assert (began.value, [m.step for m in tracker.client.get_metric_history(trial, "val_miou")]) == (step, [0, 30])
     assert {r.info.status for level in ("study", "domain") for r in tracker.find(level)} == {"FINISHED"}  # type: ignore[arg-type]
     tracker.close()
+    _no_secret_is_anywhere(said + done.stdout, tmp_path, run.pid)
+
+
+SECRETS = ("MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "RAY_AUTH_TOKEN")
+WORDS = [f"{n}hush{'0123456789abcdef' * 2}" for n in range(2 + len(SECRETS))]
+"""Passwords in the URIs of MLflow and of Optuna, and those secrets."""
+
+
+def _no_secret_is_anywhere(said: str, folder: Path, process: int) -> None:
+    """Not in what was printed, nor in the databases, artifacts, checkpoints and report, nor in Ray's logs."""
+    assert (folder / "runs/s/report/report.html").exists()
+    sessions = list((Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray").glob(f"session_*_{process}"))
+    assert sessions
+    files = [f for place in (folder, *sessions) for f in place.rglob("*") if f.is_file()]
+    kinds = {f.suffix for f in files}
+    assert kinds >= {".db", ".safetensors", ".json", ".html", ".svg", ".log"}
+    for word in WORDS:
+        assert word not in said
+        assert not [f for f in files if word.encode() in f.read_bytes()]
+
+
+@on_ray
+def test_a_ray_of_its_own_asks_for_a_token_and_listens_on_the_loopback_alone() -> None:
+    address = str(ray._private.worker.get_dashboard_url())
+    port = int(address.rsplit(":", 1)[1])
+    listening = {c.laddr.ip for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port}
+    assert listening == {"127.0.0.1"}
+    for head in ({}, {"Authorization": "Bearer 0123456789abcdef"}):
+        assert requests.get(f"http://{address}/api/jobs/", headers=head, timeout=60).status_code in (401, 403)
+    kept = class_cache.ENV_VARS_TO_PROPAGATE
+    assert not [name for name in kept if "AWS" in name], "Tune would hand them on where everybody can read them"
+    assert "RAY_CHDIR_TO_TRIAL_DIR" in kept
 
 
 def make(small: Path, tmp_path: Path, **settings: Any) -> Plan:

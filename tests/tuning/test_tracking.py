@@ -14,6 +14,7 @@ from mlflow.tracking import MlflowClient
 
 import tuning
 from tuning import tracking
+from tuning.cli import main
 from tuning.tracking import Data, Tracker
 from wesam.errors import InputError
 
@@ -59,6 +60,19 @@ def test_a_server_that_is_not_there_is_an_error_at_once(uri: str) -> None:
     with pytest.raises(InputError, match="cannot reach MLflow at"):
         Tracker(uri)
     assert time.monotonic() - began < 30
+
+
+def test_the_password_of_a_server_is_not_told(uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    there = Tracker(f"{uri}?password=secret")
+    assert there.uri == f"{uri}?password=***"
+    there.start("s", "study", None, {}).close()
+    there.close()
+    for command in (["best"], ["best", "d"], ["report", "x", "--out", str(tmp_path)]):
+        main([*command, "--tracking-uri", f"{uri}?password=secret"])
+        main([*command, "--tracking-uri", "http://me:secret@127.0.0.1:9"])
+    printed = "".join(capsys.readouterr())
+    assert printed.count("cannot reach MLflow at http://me:***@127.0.0.1:9") == 3
+    assert "secret" not in printed
 
 
 def test_a_server_that_is_away_for_a_while_loses_nothing(

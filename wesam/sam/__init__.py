@@ -108,7 +108,7 @@ def load_sam(model: str = "nano") -> Sam:
             f"wesam fetch {model} replaces it; if it is yours, give its path as the model, under another name"
         )
     state = from_mobile_sam(checkpoints.read_weights(path))
-    own = None if entry else _own_nano(path)
+    own = None if entry else _own_nano(path, state)
     name = model if entry else "nano" if own else _identify(state, path)
     sam = own or REGISTRY[name].build()
     _check(state, sam, name, path)
@@ -169,14 +169,21 @@ def _find(model: str) -> tuple[Entry | None, Path]:
     raise unknown("model", model, REGISTRY)
 
 
-def _own_nano(path: Path) -> Sam | None:
-    """A nano, with random weights, of the shape that the file of one says."""
+def _own_nano(path: Path, state: dict[str, Tensor]) -> Sam | None:
+    """A nano, with random weights, of the shape that the file of one says, if that is the shape of its tensors."""
     said = checkpoints.read_metadata(path).get(SHAPE)
     if said is None:
         return None
     try:
         given = json.loads(said)
-        return build_nano(Shape(**{**given, "whole": tuple(given["whole"])}))
+        shape = Shape(**{**given, "whole": tuple(given["whole"])})
+        if shape.depth > len(state):
+            raise ValueError("more blocks than tensors")
+        with torch.device("meta"):  # nothing is made that the file does not fill
+            _check(state, build_nano(shape), "nano", path)
+        return build_nano(shape)
+    except InputError:
+        raise
     except (ValueError, TypeError, KeyError, ArithmeticError, AssertionError, RuntimeError):
         raise InputError(f"{path} does not say in its metadata what shape its model has: {said[:80]}") from None
 

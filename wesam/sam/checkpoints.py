@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import math
 import os
 import pickle
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Collection, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +26,15 @@ from wesam.errors import InputError
 BLOCK = 2**20
 ATTEMPTS = 5
 """Times that a transfer is taken up again before it is given up."""
+
+NUMBERS = {"F32", "F16", "BF16", "I64"}
+"""What numbers a file of :func:`read_tensors` may hold, as safetensors names them."""
+
+WIDEST = 8
+"""Bytes of the widest of them."""
+
+HEADER_BYTES = 2**20
+"""More than the names and shapes of an adapter or a checkpoint take."""
 
 
 def home() -> Path:
@@ -67,6 +78,45 @@ def read_metadata(path: Path) -> dict[str, str]:
         return {}
     with safe_open(path, "pt") as file:
         return dict(file.metadata() or {})
+
+
+def own_file(path: Path) -> Path:
+    """The file, if it is there and lies in its folder; raises InputError if it is a link that leads out of it."""
+    if not path.is_file():
+        raise InputError(f"{path.name} is missing")
+    if not path.resolve().is_relative_to(path.parent.resolve()):
+        raise InputError(f"{path.name} is a link that leads out of the folder: not read")
+    return path
+
+
+def read_tensors(
+    path: Path, shapes: Mapping[str, Sequence[int]], optional: Collection[str] = ()
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file that is to have just these, on the CPU, and what it says of itself.
+
+    optional: those of them that may be absent. Raises InputError for a file that holds anything else, before any of it
+    is read: its size and its header are looked at first.
+    """
+    own_file(path)
+    size, most = path.stat().st_size, HEADER_BYTES + WIDEST * sum(math.prod(s) for s in shapes.values())
+    if size > most:
+        raise InputError(f"{path.name} has {size} bytes, what belongs there at most {most}: not read")
+    try:
+        with safe_open(path, "pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (it is no mapping)
+            given = {name: tuple(part.get_shape()) for name, part in parts.items()}
+            wrong = [n for n, s in given.items() if n not in shapes or s != tuple(shapes[n])]
+            if wrong or (wrong := [n for n in shapes if n not in given and n not in optional]):
+                raise InputError(
+                    f"{path.name}: names or shapes differ from what belongs there, as of {wrong[0][:100]!r}"
+                )
+            if kinds := {part.get_dtype() for part in parts.values()} - NUMBERS:
+                raise InputError(
+                    f"{path.name} holds {', '.join(sorted(kinds))}, not one of {', '.join(sorted(NUMBERS))}"
+                )
+            return {name: file.get_tensor(name) for name in given}, dict(file.metadata() or {})
+    except (OSError, SafetensorError, RuntimeError) as e:
+        raise InputError(f"{path.name} is no safetensors file, or damaged: {str(e).splitlines()[0]}") from None
 
 
 def fetch(url: str, path: Path, digest: str) -> None:
