@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +24,14 @@ from segment_anything.modeling import Sam
 
 from tuning import joint
 from tuning.plan import Plan
+from tuning.scratch import scratch
 from wesam import Config, Report, Scores, adapt, load_domain, load_sam
 
 METRIC = "best_score"
 """What is searched for and ranked by: the best :func:`tuning.joint.score` that the trial has reached so far."""
+
+MAX_FAILURES = 2
+"""So often a trial begins again at its last checkpoint."""
 
 COLLAPSED = 0.9
 """A trial with more of its masks collapsed than this has diverged."""
@@ -171,8 +174,8 @@ def one_worker(trial: Result) -> None:
 
     def send(result: Result, reports: Mapping[str, Report]) -> None:
         global _idle_since
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = _write(Path(folder), result, reports, setting.plan)
+        with scratch() as folder:
+            checkpoint = _write(folder, result, reports, setting.plan)
             _idle_since = time.monotonic()  # Tune may end the trial here
             tune.report({**result, **gap}, checkpoint=tune.Checkpoint(checkpoint.path))
         gap.clear()
@@ -195,7 +198,7 @@ def several_workers(trial: Result) -> None:
         run_config=ray.train.RunConfig(
             name=tune.get_context().get_trial_id(),  # the same after a restart, which so finds its checkpoints
             storage_path=f"{setting.plan.storage}/{setting.plan.name}/workers",
-            failure_config=ray.train.FailureConfig(max_failures=2),
+            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=ray.train.CheckpointConfig(**KEEP),
             callbacks=[report],
         ),
@@ -213,8 +216,8 @@ def _worker(trial: Result) -> None:
     first = ray.train.get_context().get_world_rank() == 0
 
     def send(result: Result, reports: Mapping[str, Report]) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            checkpoint = _write(Path(folder), result, reports, setting.plan) if first else None
+        with scratch() as folder:
+            checkpoint = _write(folder, result, reports, setting.plan) if first else None
             ray.train.report(result, checkpoint=checkpoint)
 
     _from_checkpoint(setting, config, trial.get("resume"), ray.train.get_checkpoint(), send)
