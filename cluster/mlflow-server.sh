@@ -5,6 +5,7 @@
 #   MLFLOW_ARTIFACTS_DESTINATION  folder or URL for artifacts (default: FOLDER/artifacts)
 #   MLFLOW_AUTH_ADMIN_PASSWORD    of the user admin, at the first start (default: made up); kept in FOLDER/admin-password
 #   MLFLOW_PORT                   (default: 5000)
+#   MLFLOW_WORKERS                processes that answer (default: 2)
 set -euo pipefail
 umask 077
 
@@ -25,6 +26,7 @@ echo "user admin, password in $folder/admin-password"
 export MLFLOW_AUTH_ADMIN_PASSWORD MLFLOW_FLASK_SERVER_SECRET_KEY
 export MLFLOW_BACKEND_STORE_URI="${MLFLOW_BACKEND_STORE_URI:-sqlite:///$folder/mlflow.db}"
 export MLFLOW_ARTIFACTS_DESTINATION="${MLFLOW_ARTIFACTS_DESTINATION:-$folder/artifacts}"
+export MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false  # or six more processes wait for jobs that studies never have
 export MLFLOW_AUTH_CONFIG_PATH="$folder/basic_auth.ini"
 
 cat > "$MLFLOW_AUTH_CONFIG_PATH" <<EOF
@@ -34,4 +36,6 @@ database_uri = ${MLFLOW_BACKEND_STORE_URI//%/%%}
 admin_username = admin
 EOF
 
-exec "$mlflow" server --app-name basic-auth --host 127.0.0.1 --port "${MLFLOW_PORT:-5000}" --workers 2
+# uvicorn ends workers that do not answer it within 5 s, and importing MLflow takes longer on a busy machine
+exec "$mlflow" server --app-name basic-auth --host 127.0.0.1 --port "${MLFLOW_PORT:-5000}" --workers "${MLFLOW_WORKERS:-2}" \
+  --uvicorn-opts "--timeout-worker-healthcheck 120"

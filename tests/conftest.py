@@ -55,6 +55,29 @@ def camouflaged() -> Domain:
     return first(load_domain("camouflaged"), train=6)
 
 
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first camouflaged images as a COCO folder: evaluating it takes a fraction of a second."""
+    folder = tmp_path_factory.mktemp("data") / "small"
+    folder.mkdir()
+    for split, count in (("train", 4), ("val", 2), ("test", 2)):
+        images, annotations = [], []
+        for n in range(count):
+            sample = load_domain("camouflaged").split(split)[n]
+            Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(folder / f"{split}-{n}.png")
+            h, w = sample.image.shape[1:]
+            images.append({"id": n, "file_name": f"{split}-{n}.png", "height": h, "width": w})
+            for mask in sample.masks:
+                packed = rle.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
+                packed["counts"] = packed["counts"].decode()
+                annotations.append(
+                    {"id": len(annotations), "image_id": n, "category_id": 1, "iscrowd": 0, "segmentation": packed}
+                )
+        found = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "object"}]}
+        (folder / f"{split}.json").write_text(json.dumps(found))
+    return folder
+
+
 @pytest.fixture
 def coco_folder(tmp_path: Path) -> Path:
     """A domain of bright discs and squares, not square itself, with every form of segmentation."""

@@ -21,14 +21,19 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str | Path], alive: str, folder: Path, env: Mapping[str, str]) -> Iterator[None]:
-    """A server, from its first answer at the address ``alive`` on; what it says is in the folder's ``log``."""
-    with (folder / "log").open("w") as log:
+def running(
+    command: Sequence[str | Path], alive: str, folder: Path, env: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A server, from its first answer at the address ``alive`` on; what it says is in the folder's ``log``.
+
+    It leads a group of processes.
+    """
+    with (folder / "log").open("a") as log:
         server = subprocess.Popen(
             command, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=folder
         )
         try:
-            deadline = time.monotonic() + 180
+            deadline = time.monotonic() + 300
             while True:
                 assert server.poll() is None, (folder / "log").read_text()
                 assert time.monotonic() < deadline, (folder / "log").read_text()
@@ -36,7 +41,7 @@ def running(command: Sequence[str | Path], alive: str, folder: Path, env: Mappin
                     urllib.request.urlopen(alive, timeout=5).close()
                     break
                 time.sleep(0.5)
-            yield
+            yield server
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(server.pid, signal.SIGTERM)

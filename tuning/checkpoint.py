@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ import pyarrow.fs
 from ray.train import Checkpoint
 
 from tuning.plan import Plan
+from tuning.scratch import scratch
 from wesam import Report
 from wesam.errors import InputError
 from wesam.sam.checkpoints import own_file
@@ -44,8 +44,7 @@ def folder_of(checkpoint: Path, domain: str, plan: Plan) -> Path:
 @contextmanager
 def written(progress: Progress, reports: Mapping[str, Report], plan: Plan) -> Iterator[Checkpoint]:
     """A checkpoint of all domains' adaptations, in a folder that is there until the end of the block."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with scratch() as folder:
         for domain, report in reports.items():
             report.save(folder_of(folder, domain, plan))
         told = {**asdict(progress), DIGESTS: _digests(folder)}

@@ -22,7 +22,7 @@ from tuning.schedulers import KEPT, Stopping, make_scheduler
 from tuning.search import Search
 from tuning.target import Context, Target
 from tuning.tracking import ROLE, Run, Tracker, Trial, trials, trials_by_role
-from tuning.trainer import KEEP, METRIC, Setting, one_worker, several_workers
+from tuning.trainer import KEEP, MAX_FAILURES, METRIC, Setting, one_worker, several_workers
 from wesam import Config
 
 ERROR = "error.txt"
@@ -88,9 +88,9 @@ class DomainSearch(threading.Thread):
                     run.close("FAILED")
 
     def _is_done(self, before: Stored) -> bool:
-        """Whether the study has not been enlarged since."""
+        """Whether the study has not been enlarged since, and no trial can be gone on with."""
         found = self._c.tracker.find("trial", parent=before.info.run_id)
-        return sum(ROLE not in r.data.tags for r in found) >= self._c.plan.trials
+        return sum(ROLE not in r.data.tags for r in found) >= self._c.plan.trials and not any(map(failed_midway, found))
 
     def _concluded(self, run: Run) -> list[Row]:
         """run: the parent of the trials."""
@@ -162,17 +162,26 @@ class DomainSearch(threading.Thread):
 
 def past(tracker: Tracker, trial: Trial) -> Past:
     """A finished trial, as a scheduler is told of it."""
-    history = tracker.client.get_metric_history(trial.run_id, METRIC)
+    history = tracker.history(trial.run_id, METRIC)
     curve = sorted({m.step: float(m.value) for m in history}.items())
     return Past(int(trial.config["steps"]), trial.reference == KEPT, curve)
 
 
+def failed_midway(trial: Stored) -> bool:
+    """Whether what ended it was none of its own doing, as a full disk is not, and it can be gone on with."""
+    tags = trial.data.tags
+    return trial.info.status == "FAILED" and CHECKPOINT in tags and "ended" not in tags
+
+
 def _unfinished(tracker: Tracker, domain_run: str, plan: Plan) -> list[Proposal]:
-    """The trials that were interrupted after a checkpoint, to go on with; what has none is closed as failed."""
+    """The trials that were interrupted or failed after a checkpoint, to go on with.
+
+    What was interrupted before it had one is closed as failed.
+    """
     found: list[tuple[bool, int, Proposal]] = []
     for stored in tracker.find("trial", parent=domain_run):
         tags = stored.data.tags
-        if stored.info.status in ("FAILED", "FINISHED"):
+        if stored.info.status in ("FAILED", "FINISHED") and not failed_midway(stored):
             continue
         if CHECKPOINT not in tags:
             tracker.reopen(stored).close("FAILED")
@@ -202,6 +211,6 @@ def _tuner(
         run_config=tune.RunConfig(
             name=name, storage_path=f"{plan.storage}/{plan.name}/trials", verbose=0, callbacks=[listener],
             checkpoint_config=tune.CheckpointConfig(**KEEP) if alone else None,
-            failure_config=tune.FailureConfig(max_failures=1),
+            failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
         ),
     )  # fmt: skip

@@ -80,7 +80,7 @@ def read(tracker: Tracker, row: dict[str, Any]) -> Findings:
 
     def curve(trial: Trial, called: str) -> Curve:
         name = joint.metric(f"val_{called}", row["domain"]) if row["joint"] else f"val_{called}"
-        return sorted((m.step, m.value) for m in tracker.client.get_metric_history(trial.run_id, name))
+        return sorted((m.step, m.value) for m in tracker.history(trial.run_id, name))
 
     known = [{called: curve(t, called) for called in {"label_free", "miou", row["val"]["score"]}} for t in found]
     pairs = [_pairs(curves["label_free"], curves["miou"]) for curves in known]

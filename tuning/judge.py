@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from tuning.plan import WORDS
 from tuning.runtime import worker_resources
+from tuning.scratch import scratch
 from tuning.trainer import source_model
 from wesam import AdaptedSam, Scores, baseline, evaluate, load_domain, overlay, predict
 from wesam.config import Config
@@ -93,8 +93,8 @@ def _references(task: Task) -> tuple[dict[str, Scores], int]:
 
 def _judged(task: Task, adapter: Files) -> PerImage:
     sam, test = source_model(task.model), load_domain(task.domain).split("test")
-    with tempfile.TemporaryDirectory() as folder:
-        return measure(AdaptedSam.load(sam, _unpack(adapter, Path(folder))), test, task.base.scored_with)
+    with scratch() as folder:
+        return measure(AdaptedSam.load(sam, _unpack(adapter, folder)), test, task.base.scored_with)
 
 
 def _picture(task: Task, adapter: Files | None, after: PerImage | None) -> bytes:
@@ -103,10 +103,10 @@ def _picture(task: Task, adapter: Files | None, after: PerImage | None) -> bytes
     before = measure(sam, test if after else test[: 2 * SHOWN], prompt, crop=crop)
     chosen = changed_most(before, after) if after else {i: _told(scores) for i, scores in enumerate(before)}
     rows: list[list[Image.Image]] = []
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         models = {"before: Direct": sam}
         if adapter:
-            models["after adaptation"] = AdaptedSam.load(sam, _unpack(adapter, Path(folder))).sam
+            models["after adaptation"] = AdaptedSam.load(sam, _unpack(adapter, folder)).sam
         for i in chosen:
             sample = test[i]
             given = sample.weak_labels(prompt)

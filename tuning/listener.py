@@ -131,7 +131,7 @@ class Listener(tune.Callback):
         number, role = proposal["number"], proposal.get("role")
         name = f"{role} {number}" if role else str(number)
         if "run" in proposal:
-            run = self._tracker.reopen(self._tracker.client.get_run(proposal["run"]))
+            run = self._tracker.reopen(self._tracker.run(proposal["run"]))
         else:
             about = {k: proposal.get(k) for k in PROPOSED}
             tags = {**self._tags, "wesam.trial": str(number), "wesam.proposal": json.dumps(about)}

@@ -22,6 +22,7 @@ from mlflow.exceptions import MlflowException
 from tuning import DEFAULT_URI, URI_VARIABLE
 from tuning.card import About, card, judged_by, score, summary
 from tuning.plan import WORD, WORDS, checked_name, shown
+from tuning.scratch import scratch
 from tuning.tracking import PARENT, ROLE, Tracker, sqlite_file
 from wesam import AdaptedSam, load_sam
 from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE, made_for
@@ -106,7 +107,7 @@ def champion(tracker: Tracker, domain: str) -> Entry | None:
     """The domain's champion, if there is one; raises InputError for what is no domain's name."""
     checked_name(domain, "domain")
     try:
-        found = tracker.client.get_model_version_by_alias(PREFIX + domain, ALIAS)
+        found = tracker.ask(lambda: tracker.client.get_model_version_by_alias(PREFIX + domain, ALIAS))
     except MlflowException as e:
         if e.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
@@ -141,7 +142,7 @@ def fetch(tracker: Tracker, domain: str, out: Path | None) -> tuple[Entry, dict[
         if not known:
             raise InputError(f"no champion at {tracker.uri}: first run a study, python -m tuning run --domain {domain}")
         raise unknown("domain", domain, known)
-    config = {k: _value(v) for k, v in tracker.client.get_run(entry.run_id).data.params.items()}
+    config = {k: _value(v) for k, v in tracker.run(entry.run_id).data.params.items()}
     if out is not None:
         try:
             _check_free(out)
@@ -220,7 +221,8 @@ def _changed(old: Entry, new: Entry) -> list[str]:
 
 def _version_of(tracker: Tracker, name: str, run_id: str) -> int | None:
     """The version that a run has been registered as, if it has."""
-    found = tracker.client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    of_run = f"name = '{name}' and run_id = '{run_id}'"
+    found = tracker.ask(lambda: tracker.client.search_model_versions(of_run))
     return min((int(v.version) for v in found), default=None)
 
 
@@ -232,9 +234,9 @@ def place_of(artifact: str, domain: str, joint: str | None) -> str:
 def _register(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str], told: str, short: str) -> int:
     """told, short: the card, and its summary."""
     client, name, place = tracker.client, PREFIX + domain, place_of(MODEL, domain, tags.get("joint"))
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / MODEL
-        (adapter := Path(folder) / ADAPTER).mkdir()
+    with scratch() as folder:
+        out = folder / MODEL
+        (adapter := folder / ADAPTER).mkdir()
         for file, contents in _adapter(tracker, run_id, place_of(ADAPTER, domain, tags.get("joint"))).items():
             (adapter / file).write_bytes(contents)
         package(adapter, out)
@@ -245,6 +247,8 @@ def _register(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str
     except MlflowException as e:
         if e.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+    if made := _version_of(tracker, name, run_id):
+        return made  # at an earlier attempt, whose answer was lost with the server
     source = f"{client.get_run(run_id).info.artifact_uri}/{place}"
     return int(client.create_model_version(name, source, run_id, tags=dict(tags), description=short).version)
 
@@ -273,12 +277,12 @@ def package(adapter: Path, out: Path) -> None:
 
 def _about(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str]) -> About:
     """What the card of a run's adapter says; the references that are not among the tags are in the domain's run."""
-    run = tracker.client.get_run(run_id)
+    run = tracker.run(run_id)
     parent = run.data.tags.get(PARENT)
     scores: dict[str, float] = {}
     trials = 0
     if parent:
-        scores = dict(tracker.client.get_run(parent).data.metrics)
+        scores = dict(tracker.run(parent).data.metrics)
         trials = sum(ROLE not in r.data.tags for r in tracker.find("trial", parent=parent))
     scores |= {k: n for k, v in tags.items() if (n := _number(v)) is not None}
     base = json.loads(_adapter(tracker, run_id, place_of(ADAPTER, domain, tags.get("joint")))[CONFIG_FILE])[

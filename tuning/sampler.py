@@ -15,6 +15,7 @@ from optuna.trial import BaseTrial, FixedTrial, TrialState, create_trial
 
 from tuning.plan import Plan, shown
 from tuning.space import Axis, Space, space_to_dict
+from tuning.storage import PatientStorage
 from tuning.tracking import Trial
 from wesam.config import Value
 from wesam.errors import InputError
@@ -38,7 +39,9 @@ COST_METRICS = {"size": "adapter_mb", "seconds": "seconds_per_step"}
 def open_storage(url: str) -> RDBStorage:
     """The database with the Optuna studies, made if it is not there; raises InputError if it cannot be reached."""
     try:
-        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None)
+        if url.startswith("sqlite"):
+            return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
+        return PatientStorage(url)
     except ImportError as e:
         raise InputError(f"--optuna {shown(url)} needs a package that is not installed: {e}") from None
     except Exception as e:  # every database has errors of its own

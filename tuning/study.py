@@ -19,7 +19,7 @@ from tuning import leaving, runtime
 from tuning.budget import Budget
 from tuning.claim import held, refuse_second
 from tuning.conclusion import RESULT
-from tuning.domain import DomainSearch
+from tuning.domain import DomainSearch, failed_midway
 from tuning.joint import JOINT
 from tuning.plan import BUDGET, HIDDEN, Plan, load_domains, shown
 from tuning.progress import Board
@@ -81,12 +81,19 @@ def resume_study(
 def _go_on(plan: Plan, before: Plan, tracker: Tracker, stored: Stored) -> dict[str, Any]:
     if plan.trials < before.trials:
         raise InputError(f"the study {plan.name!r} has {before.trials} trials per domain: it can have more, not fewer")
-    if stored.info.status == "FINISHED" and not any(getattr(plan, k) > getattr(before, k) for k in BUDGET):
+    enlarged = any(getattr(plan, k) > getattr(before, k) for k in BUDGET)
+    if stored.info.status == "FINISHED" and not enlarged and not _has_failed_midway(tracker, stored):
         raise InputError(
             f"the study {plan.name!r} is finished: python -m tuning report {plan.name} --out DIR shows it, "
             f"and python -m tuning resume {plan.name} --trials N enlarges it"
         )
     return _study(plan, tracker, stored)
+
+
+def _has_failed_midway(tracker: Tracker, study: Stored) -> bool:
+    """Whether some trial failed after a checkpoint, from which it can be gone on with."""
+    domains = tracker.find("domain", parent=study.info.run_id)
+    return any(failed_midway(t) for d in domains for t in tracker.find("trial", parent=d.info.run_id))
 
 
 def _plan(tracker: Tracker, stored: Stored) -> Plan:

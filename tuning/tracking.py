@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 import threading
 import time
+import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +28,7 @@ from mlflow.entities import Run as Stored
 from mlflow.exceptions import MlflowException, RestException
 
 from tuning.plan import shown
+from tuning.scratch import scratch
 from wesam.config import Config, Value
 from wesam.data import NOTES, parted
 from wesam.data.files import is_address
@@ -44,6 +45,9 @@ EXPERIMENT = "wesam"
 PARENT = "mlflow.parentRunId"
 ROLE = "wesam.role"
 """The tag of a trial that is none of the search's own."""
+KEY = "wesam.key"
+"""The tag by which a run is found that may have been created, or not."""
+
 PATIENCE = 5.0
 """Seconds between two attempts to reach a server that does not answer."""
 
@@ -89,6 +93,7 @@ class Tracker:
         """Where it is, without a password."""
         self._writer = ThreadPoolExecutor(1, "mlflow")
         self._hurry = threading.Event()
+        self._away = False
         self._open: list[Run] = []
         self._lock = threading.Lock()
         try:
@@ -131,10 +136,16 @@ class Tracker:
         tags = {"wesam.level": level, "wesam.name": name, **tags}
         own = self.later(lambda: self._experiment(f"{EXPERIMENT}/{name}")).result() if parent is None else ""
 
+        key, tried = uuid.uuid4().hex, False
+
         def create() -> RunInfo:
+            nonlocal tried
             nested = {PARENT: parent.id} if parent else {}
             experiment = parent.info.experiment_id if parent else own
-            return self.client.create_run(experiment, tags={**tags, **nested}, run_name=name).info
+            if tried and (made := self.client.search_runs([experiment], f"tags.`{KEY}` = '{key}'")):
+                return made[0].info  # at an earlier attempt, whose answer was lost with the server
+            tried = True
+            return self.client.create_run(experiment, tags={**tags, **nested, KEY: key}, run_name=name).info
 
         return self._opened(Run(self, name, self.later(create)))
 
@@ -151,7 +162,7 @@ class Tracker:
         """The runs at this level, oldest first."""
         wanted = {"wesam.level": level, PARENT: parent}
         query = " and ".join(f"tags.`{k}` = '{v}'" for k, v in wanted.items() if v is not None)
-        return self._until_done(lambda: self._search(query))
+        return self.ask(lambda: self._search(query))
 
     def _search(self, query: str) -> list[Stored]:
         experiments = self._experiments()
@@ -165,22 +176,34 @@ class Tracker:
                 break
         return found
 
+    def ask(self, read: Callable[[], T]) -> T:
+        """What MLflow answers, without regard to what is still to be written; a server that is away is waited for."""
+        return self._until_done(read, reading=True)
+
     def flush(self) -> None:
         """Waits until all that was given so far is written."""
         self.later(lambda: None).result()
 
     def files(self, run_id: str, path: str) -> dict[str, bytes]:
         """The files of an artifact folder by name; raises InputError if they are too large."""
-        size = sum(f.file_size or 0 for f in self.client.list_artifacts(run_id, path))
+        size = sum(f.file_size or 0 for f in self.ask(lambda: self.client.list_artifacts(run_id, path)))
         if size > MOST_BYTES:
             raise InputError(f"the artifacts of run {run_id} in {path or '.'} have {size} bytes: not fetched")
-        with tempfile.TemporaryDirectory() as folder:
-            local = Path(self.client.download_artifacts(run_id, path, folder))
+        with scratch() as folder:
+            local = Path(self.ask(lambda: self.client.download_artifacts(run_id, path, str(folder))))
             return {f.name: f.read_bytes() for f in sorted(local.iterdir()) if f.is_file() and not f.is_symlink()}
 
     def at(self, run_id: str, metric: str, step: int) -> float:
         """A metric's value at a step; KeyError if it has none there."""
-        return {m.step: float(m.value) for m in self.client.get_metric_history(run_id, metric)}[step]
+        return {m.step: float(m.value) for m in self.history(run_id, metric)}[step]
+
+    def history(self, run_id: str, metric: str) -> list[Metric]:
+        """All values of a metric."""
+        return list(self.ask(lambda: self.client.get_metric_history(run_id, metric)))
+
+    def run(self, run_id: str) -> Stored:
+        """A run as MLflow has it now."""
+        return self.ask(lambda: self.client.get_run(run_id))
 
     def close(self, left: Status = "FAILED") -> None:
         """Closes the runs that are still open, innermost first; does not wait for a server that is away."""
@@ -201,11 +224,13 @@ class Tracker:
                 self._open.remove(run)
             return was_open
 
-    def _until_done(self, write: Callable[[], T]) -> T:
-        told, tries = False, 0
+    def _until_done(self, call: Callable[[], T], *, reading: bool = False) -> T:
+        tries = 0
         while True:
             try:
-                return write()
+                done = call()
+                self._away = False
+                return done
             except InputError:
                 raise
             except Exception as e:  # a store of artifacts has exceptions of its own
@@ -213,11 +238,12 @@ class Tracker:
                 refused = isinstance(e, MlflowException) and not _unreachable(e)
                 failing = not isinstance(e, MlflowException) and tries >= TRIES
                 if refused or failing or self._hurry.is_set():
-                    print(f"MLflow has not taken a record: {_first_line(e)}", file=sys.stderr)
+                    if not reading:
+                        print(f"MLflow has not taken a record: {_first_line(e)}", file=sys.stderr)
                     raise
-                if not told:
+                if not self._away:
                     print(f"MLflow at {self.uri} does not answer; waiting for it, nothing is lost", file=sys.stderr)
-                told = True
+                self._away = True
                 self._hurry.wait(PATIENCE)
 
 
@@ -276,12 +302,12 @@ class Run:
         """Files among the run's artifacts, in this folder of them; the function is called when it is time to write."""
 
         def write() -> None:
-            with tempfile.TemporaryDirectory() as local:
+            with scratch() as local:
                 for name, contents in files().items():
-                    path = Path(local) / name
+                    path = local / name
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(contents)
-                self._tracker.client.log_artifacts(self.id, local, folder)
+                self._tracker.client.log_artifacts(self.id, str(local), folder)
 
         return self._tracker.later(write)
 

@@ -30,6 +30,9 @@ from wesam import Config, Report, Scores, adapt, load_domain, load_sam
 METRIC = "best_score"
 """What is searched for and ranked by: the best :func:`tuning.joint.score` that the trial has reached so far."""
 
+MAX_FAILURES = 2
+"""So often a trial begins again at its last checkpoint."""
+
 COLLAPSED = 0.9
 """A trial with more of its masks collapsed than this has diverged."""
 
@@ -198,7 +201,7 @@ def several_workers(trial: Result) -> None:
         run_config=ray.train.RunConfig(
             name=tune.get_context().get_trial_id(),  # the same after a restart, which so finds its checkpoints
             storage_path=f"{setting.plan.storage}/{setting.plan.name}/workers",
-            failure_config=ray.train.FailureConfig(max_failures=2),
+            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=ray.train.CheckpointConfig(**KEEP),
             callbacks=[report],
         ),

@@ -1,49 +1,21 @@
-"""A small domain in a folder, one Ray for the whole session, an MLflow database for each test, a server on demand."""
+"""One Ray for the whole session, an MLflow database for each test, a server on demand."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-from pycocotools import mask as rle
 
 import tuning.runtime
 import wesam
 from tests.servers import free_port, running
 from tuning.tracking import Tracker
-from wesam.data import load_domain
 
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  (Ray's 15 lets a study wait for the tests beside it)
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first camouflaged images as a COCO folder: evaluating it takes a fraction of a second."""
-    folder = tmp_path_factory.mktemp("data") / "small"
-    folder.mkdir()
-    for split, count in (("train", 4), ("val", 2), ("test", 2)):
-        images, annotations = [], []
-        for n in range(count):
-            sample = load_domain("camouflaged").split(split)[n]
-            Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(folder / f"{split}-{n}.png")
-            h, w = sample.image.shape[1:]
-            images.append({"id": n, "file_name": f"{split}-{n}.png", "height": h, "width": w})
-            for mask in sample.masks:
-                packed = rle.encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
-                packed["counts"] = packed["counts"].decode()
-                annotations.append(
-                    {"id": len(annotations), "image_id": n, "category_id": 1, "iscrowd": 0, "segmentation": packed}
-                )
-        found = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "object"}]}
-        (folder / f"{split}.json").write_text(json.dumps(found))
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +57,7 @@ def served(arguments: list[str], alive: str, folder: Path, **environment: str) -
     env = {
         **os.environ, "PYTHONPATH": str(Path(wesam.__file__).parents[1]),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", **environment,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }  # fmt: skip
     command = [sys.executable, "-m", "mlflow", *arguments, "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     url = f"http://127.0.0.1:{port}"

@@ -111,12 +111,32 @@ def test_a_server_that_is_away_when_a_study_begins_is_waited_for(
     away("get_experiment_by_name")
     away("search_experiments")
     run = tracker.start("s", "study", None, {})
+    tracker.flush()
     failures.append(MlflowException("API request to http://x failed with exception y"))
     assert [r.info.run_id for r in tracker.find("study")] == [run.id]
     run.close()
     tracker.client.delete_experiment(run.info.experiment_id)
     with pytest.raises(InputError, match="is deleted"):
         tracker.start("s", "study", None, {})
+
+
+def test_a_run_whose_creation_was_not_answered_is_created_once(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "PATIENCE", 0.01)
+    study, create, answers = tracker.start("s", "study", None, {}), MlflowClient.create_run, [True, False]
+
+    def lost(self: MlflowClient, *given: Any, **options: Any) -> Any:
+        made = create(self, *given, **options)
+        if not answers.pop():
+            raise MlflowException("API request to http://x failed with exception y")
+        return made
+
+    tracker.flush()
+    monkeypatch.setattr(MlflowClient, "create_run", lost)
+    created = tracker.start("d", "domain", study, {}).id
+    assert [r.info.run_id for r in tracker.find("domain")] == [created]
+    assert answers == [True], "it was asked for once"
 
 
 @pytest.mark.parametrize(

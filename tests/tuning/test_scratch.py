@@ -1,0 +1,36 @@
+"""Temporary folders of killed processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tuning.scratch import scratch
+
+KILLED = """
+import os, signal
+from tuning.scratch import scratch
+with scratch() as folder:
+    (folder / "a").write_text("a")
+    print(folder, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_has_left_goes_with_the_next_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", KILLED], capture_output=True, text=True, cwd=root)
+    left = Path(done.stdout.strip())
+    assert left.parent == tmp_path
+    assert left.is_dir()
+    with scratch() as mine, scratch() as another:
+        assert {p.name for p in tmp_path.iterdir()} == {mine.name, another.name}
+    assert not list(tmp_path.iterdir())
