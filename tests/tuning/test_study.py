@@ -61,7 +61,7 @@ def test_ctrl_c_keeps_what_is_there_and_leaves_no_process_and_the_study_can_go_o
     assert family
     second = Tracker(uri)
     with pytest.raises(InputError, match=f"'s' is running already, in process {run.pid}"):
-        resume_study("s", second)
+        resume_study("s", second, optuna=optuna[1])
     second.close()
     time.sleep(3)  # the next trial has begun to train
     os.killpg(run.pid, signal.SIGINT)
