@@ -23,8 +23,8 @@ lint: install  ## ruff and mypy
 test: lint  ## lint, and every test that is not slow, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: install  ## the tests marked slow, two at a time
-	$(BIN)/python -m pytest -m slow -n 2
+test-slow: install  ## the tests marked slow, two at a time, but for those that start Ray
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup
 
 clean:  ## the environment and what tools have cached; studies (runs, mlflow.db, mlartifacts) stay
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
