@@ -23,8 +23,8 @@ lint: install  ## ruff and mypy
 test: lint  ## lint, and every test that is not slow, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: install  ## the tests marked slow, two at a time
-	$(BIN)/python -m pytest -m slow -n 2
+test-slow: install  ## the tests marked slow, two at a time, but for those that start Ray
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup
 
 audit: install  ## what is known against the packages of constraints.txt: docs/security.md
 	test -x .venv/audit/bin/pip-audit || { $(PYTHON) -m venv .venv/audit && .venv/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit; }
