@@ -27,8 +27,8 @@ from ray.job_submission import JobSubmissionClient
 from ray.util.state import list_actors, list_placement_groups
 
 from tests.servers import free_port, running
+from tuning.checkpoint import PROGRESS_FILE
 from tuning.tracking import ROLE, Stored, Tracker
-from tuning.trainer import PROGRESS_FILE
 from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE
 
 ROOT = Path(__file__).parents[2]
