@@ -21,7 +21,8 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow has the results
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial that diverges at once has no results
-    "TUNE_GLOBAL_CHECKPOINT_S": "600",  # a study is resumed from MLflow, not from Ray's pickles
+    "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # a study is resumed from MLflow, not from Ray's pickles of all trials
+    "TUNE_ONLY_STORE_CHECKPOINT_SCORE_ATTRIBUTE": "1",  # of a checkpoint's result nothing is needed
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
 }
 for _name, _value in _QUIET.items():

@@ -22,7 +22,7 @@ from tuning.schedulers import KEPT, Stopping, make_scheduler
 from tuning.search import Search
 from tuning.target import Context, Target
 from tuning.tracking import ROLE, Run, Tracker, Trial, trials, trials_by_role
-from tuning.trainer import KEEP, MAX_FAILURES, METRIC, Setting, one_worker, several_workers
+from tuning.trainer import MAX_FAILURES, METRIC, Setting, one_worker, several_workers
 from wesam import Config
 
 ERROR = "error.txt"
@@ -210,7 +210,7 @@ def _tuner(
         ),
         run_config=tune.RunConfig(
             name=name, storage_path=f"{plan.storage}/{plan.name}/trials", verbose=0, callbacks=[listener],
-            checkpoint_config=tune.CheckpointConfig(**KEEP) if alone else None,
+            # no checkpoint_config, the listener removes old checkpoints: with one Tune saves all trials at each result
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
         ),
     )  # fmt: skip

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import heapq
 import random
+import sqlite3
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -11,7 +14,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import RDBStorage
-from optuna.trial import BaseTrial, FixedTrial, TrialState, create_trial
+from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, TrialState, create_trial
 
 from tuning.plan import Plan, shown
 from tuning.space import Axis, Space, space_to_dict
@@ -32,6 +35,11 @@ SEARCHED, AIDED, BEST_OF = "searched", "model's defaults with box aids", "best o
 MOVED = 0.3
 """The share of the hyperparameters in which a trial near the best one differs from it."""
 
+BEST, RECENT = 50, 250
+"""Of more trials TPE sees the best ones, of which it never takes more than 25 for good, and the last ones: what a
+proposal costs would grow with their number.
+"""
+
 COST_METRICS = {"size": "adapter_mb", "seconds": "seconds_per_step"}
 """What a cost is called in MLflow."""
 
@@ -39,14 +47,26 @@ COST_METRICS = {"size": "adapter_mb", "seconds": "seconds_per_step"}
 def open_storage(url: str) -> RDBStorage:
     """The database with the Optuna studies, made if it is not there; raises InputError if it cannot be reached."""
     try:
-        if url.startswith("sqlite"):
-            return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
-        return PatientStorage(url)
+        if not url.startswith("sqlite"):
+            return PatientStorage(url)
+        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60, "factory": _Unhurried}})
     except ImportError as e:
         raise InputError(f"--optuna {shown(url)} needs a package that is not installed: {e}") from None
     except Exception as e:  # every database has errors of its own
         why = (str(e).strip().splitlines() or [type(e).__name__])[0].replace(url, shown(url))
         raise InputError(f"cannot reach the Optuna storage {shown(url)}: {why[:200]}") from None
+
+
+class _Unhurried(sqlite3.Connection):
+    """A proposal is some twenty transactions, and the driver is not to wait for the disk after each.
+
+    What a machine that loses its power forgets of the last ones, :func:`catch_up` finds in MLflow.
+    """
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        for pragma in ("journal_mode = WAL", "synchronous = NORMAL"):
+            self.execute(f"PRAGMA {pragma}")
 
 
 def open_study(plan: Plan, domain: str, storage: RDBStorage) -> optuna.Study:
@@ -85,7 +105,7 @@ def make_sampler(plan: Plan, known: int) -> BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that groups are experimental
         if plan.sampler == "tpe":
-            return TPESampler(
+            return _Tpe(
                 seed=seed,
                 multivariate=True,
                 group=True,  # parameters that are there only with others
@@ -97,6 +117,44 @@ def make_sampler(plan: Plan, known: int) -> BaseSampler:
         if plan.sampler == "nsga2":
             return NSGAIISampler(seed=seed, population_size=start)
         return RandomSampler(seed=seed)
+
+
+class _Tpe(TPESampler):
+    """TPE on a bounded number of trials."""
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """As of all trials."""
+        return super().infer_relative_search_space(_bounded(study), trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """As of all trials."""
+        return super().sample_relative(_bounded(study), trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """As of all trials."""
+        return super().sample_independent(_bounded(study), trial, param_name, param_distribution)
+
+
+def _bounded(study: optuna.Study) -> optuna.Study:
+    """The study as a sampler is to see it: with its best trials, the last ones and those that have not ended."""
+    trials = study._get_trials(deepcopy=False, use_cache=True)
+    if len(trials) <= BEST + RECENT:
+        return study
+    early = trials[:-RECENT]
+    best = heapq.nlargest(BEST, (t for t in early if t.state == TrialState.COMPLETE), key=lambda t: t.values[0])
+    seen = [*best, *(t for t in early if not t.state.is_finished()), *trials[-RECENT:]]
+    seen.sort(key=lambda t: t.number)
+
+    def known(deepcopy: bool = True, states: Any = None, use_cache: bool = False) -> list[FrozenTrial]:
+        return [t for t in seen if states is None or t.state in states]
+
+    view = copy.copy(study)
+    view._get_trials = known  # type: ignore[method-assign]  # all that TPE asks it for
+    return view
 
 
 def startup(plan: Plan) -> int:

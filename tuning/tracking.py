@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -57,6 +57,9 @@ TRIES = 4
 
 MOST_BYTES = 2**30
 """Of an artifact folder; an adapter of rank 256 on every linear layer of the largest SAM has less."""
+
+FULL = 500
+"""Metrics in a request; MLflow takes twice as many."""
 
 DIGEST = 36
 """Characters of a data set's digest that MLflow takes."""
@@ -247,11 +250,40 @@ class Tracker:
                 self._hurry.wait(PATIENCE)
 
 
+class _Batch:
+    """Metrics, parameters and tags of a run that MLflow is told in one request."""
+
+    def __init__(self) -> None:
+        self._metrics: list[Metric] = []
+        self._params: list[Param] = []
+        self._tags: dict[str, RunTag] = {}
+        self._taken = False
+        self._lock = threading.Lock()
+
+    def add(self, metrics: Sequence[Metric], params: Sequence[Param], tags: Sequence[RunTag]) -> bool:
+        """Whether there is still time, and room, for these."""
+        with self._lock:
+            if self._taken or len(self._metrics) + len(metrics) > FULL:
+                return False
+            self._metrics += metrics
+            self._params += params
+            self._tags |= {t.key: t for t in tags}
+            return True
+
+    def take(self) -> tuple[list[Metric], list[Param], list[RunTag]]:
+        """All of it; nothing can be added afterwards."""
+        with self._lock:
+            self._taken = True
+            return self._metrics, self._params, list(self._tags.values())
+
+
 class Run:
     """One run, open until :meth:`close`."""
 
     def __init__(self, tracker: Tracker, name: str, created: Future[RunInfo]) -> None:
         self._tracker, self.name, self._created = tracker, name, created
+        self._batch: _Batch | None = None
+        """The last thing that this run has asked to be written, if it was a record."""
         self.data: tuple[Data, ...] = ()
         """What it is about; see :meth:`use`."""
 
@@ -275,7 +307,7 @@ class Run:
             )
             for d in self.data
         ]
-        self._tracker.later(lambda: self._tracker.client.log_inputs(self.id, inputs))
+        self._later(lambda: self._tracker.client.log_inputs(self.id, inputs))
 
     def log(
         self,
@@ -286,17 +318,25 @@ class Run:
         tags: Mapping[str, str] | None = None,
         after: Future[None] | None = None,
     ) -> None:
-        """Metrics at a step, parameters, tags; after: something that must have been written, or this is not, either."""
+        """Metrics at a step, parameters, tags; after: something that must have been written, or this is not, either.
+
+        Several in a row that MLflow has not taken yet become one request: half of what a report costs is that.
+        """
         now = int(time.time() * 1000)
         m = [Metric(k, float(v), now, step) for k, v in (metrics or {}).items()]
         p = [Param(k, str(v)) for k, v in (params or {}).items()]
         t = [RunTag(k, str(v)) for k, v in (tags or {}).items()]
+        if after is None and self._batch is not None and self._batch.add(m, p, t):
+            return
+        batch = _Batch()
+        batch.add(m, p, t)
 
         def write() -> None:
             if after is None or after.exception() is None:  # one thread writes: it is done by now
-                self._tracker.client.log_batch(self.id, m, p, t)
+                self._tracker.client.log_batch(self.id, *batch.take())
 
-        self._tracker.later(write)
+        self._later(write)
+        self._batch = batch if after is None else None
 
     def attach(self, files: Callable[[], Mapping[str, bytes]], folder: str | None = None) -> Future[None]:
         """Files among the run's artifacts, in this folder of them; the function is called when it is time to write."""
@@ -309,7 +349,7 @@ class Run:
                     path.write_bytes(contents)
                 self._tracker.client.log_artifacts(self.id, str(local), folder)
 
-        return self._tracker.later(write)
+        return self._later(write)
 
     def leave(self) -> None:
         """Forgets the run, which is another process's."""
@@ -323,7 +363,12 @@ class Run:
     def close(self, status: Status = "FINISHED") -> None:
         """Ends the run, once."""
         if self._tracker._closed(self):
-            self._tracker.later(lambda: self._tracker.client.set_terminated(self.id, status))
+            self._later(lambda: self._tracker.client.set_terminated(self.id, status))
+
+    def _later(self, write: Callable[[], T]) -> Future[T]:
+        """As :meth:`Tracker.later`; what is logged from now on comes after it."""
+        self._batch = None
+        return self._tracker.later(write)
 
 
 @dataclass(frozen=True)

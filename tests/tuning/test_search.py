@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
+from tuning import sampler
 from tuning.budget import Budget
 from tuning.confirm import Confirmation, winner
 from tuning.plan import REFERENCES, Plan, make_plan, shown
@@ -111,6 +112,30 @@ def test_every_sampler_proposes_what_lies_in_the_space(sampler: str, tmp_path: P
         search.on_trial_result(str(i), result(0.5 + 0.01 * i, 4))
         search.on_trial_complete(str(i), result(0.5 + 0.01 * i, 8))
     assert len({str(t.params) for t in study.trials}) == 9
+
+
+def test_of_many_trials_tpe_sees_the_best_the_last_and_those_that_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search, study, _ = begin(make(tmp_path))
+    assert sampler._bounded(study) is study
+    monkeypatch.setattr(sampler, "BEST", 2)
+    monkeypatch.setattr(sampler, "RECENT", 3)
+    scores = [0.5, 0.9, 0.6, 0.8, 0.7, 0.4, 0.3, 0.2]
+    for i, score in enumerate(scores):
+        search.suggest(str(i))
+        if i != 2:
+            search.on_trial_complete(str(i), result(score, 8))
+    split, seen = optuna.samplers._tpe.sampler._split_trials, []
+
+    def split_and_seen(study: Any, trials: Any, *more: Any) -> Any:
+        seen.append([t.number for t in trials])
+        return split(study, trials, *more)
+
+    monkeypatch.setattr(optuna.samplers._tpe.sampler, "_split_trials", split_and_seen)
+    ask(study.ask(), make(tmp_path).space)
+    assert seen[-1] == [1, 2, 3, 6, 7], "8 is the one that is asked for"
+    assert len(study.get_trials()) == len(scores) + 1
 
 
 def test_costs_are_made_small_as_well(tmp_path: Path) -> None:

@@ -188,6 +188,10 @@ def test_trials_of_one_worker_share_their_actors(small: Path, tmp_path: Path, tr
     check(plan, result, tracker, small, tmp_path)
     assert result["gap_between_trials"]["max"] < 2.0  # 0.1 on a machine with nothing else to do
 
+    folders = list((tmp_path / "runs" / "s" / "trials" / "small").glob("trial-*"))
+    left = [len(list(f.glob("checkpoint_*"))) for f in folders]
+    assert len(left) == 6
+    assert max(left) <= 2, "the last checkpoint and the best one"
     kept = tracker.files(result["domains"][0]["run_id"], "")
     assert kept["history.svg"].startswith(b"<svg")
     assert kept["parallel-coordinates.svg"].startswith(b"<svg")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,36 @@ def test_a_server_that_is_away_for_a_while_loses_nothing(
     assert tracker.later(lambda: "after it").result() == "after it"
     assert first.result() == "written"
     assert capsys.readouterr().err.count("waiting for it") == 1
+
+
+def test_what_a_run_logs_while_mlflow_is_busy_is_one_request_but_nothing_comes_before_what_it_follows(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tracker.start("s", "study", None, {})
+    tracker.flush()
+    monkeypatch.setattr(tracking, "FULL", 3)
+    busy, log_batch, requests = threading.Event(), tracker.client.log_batch, []
+
+    def counted(run_id: str, metrics: list[Any], params: list[Any], tags: list[Any]) -> None:
+        requests.append((len(metrics), len(params), len(tags)))
+        log_batch(run_id, metrics, params, tags)
+
+    monkeypatch.setattr(tracker.client, "log_batch", counted)
+    tracker.later(busy.wait)
+    run.log({"a": 0.0}, step=0, params={"p": 1})
+    run.log({"a": 1.0, "b": 1.0}, step=1, tags={"t": "old"})
+    run.log(tags={"t": "new"})
+    run.log({"a": 2.0}, step=2)
+    failed = run.attach(lambda: {}[0])
+    run.log({"b": 3.0}, step=3, after=failed)
+    run.log({"c": 4.0}, step=4)
+    monkeypatch.setattr(tracking, "TRIES", 1)
+    busy.set()
+    tracker.flush()
+    assert requests == [(3, 1, 1), (1, 0, 0), (1, 0, 0)]
+    data = tracker.client.get_run(run.id).data
+    assert (data.metrics, data.params, data.tags["t"]) == ({"a": 2.0, "b": 1.0, "c": 4.0}, {"p": "1"}, "new")
+    assert [m.value for m in tracker.client.get_metric_history(run.id, "a")] == [0.0, 1.0, 2.0]
 
 
 def test_a_server_that_is_away_when_a_study_begins_is_waited_for(
