@@ -35,7 +35,7 @@ def start() -> None:
     """
     from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
-    RayActorManager._actor_task_failed = _task_failed  # type: ignore[method-assign, assignment]
+    RayActorManager._actor_task_failed = _task_failed  # type: ignore[method-assign]
     # what Tune sends to trials stands in Ray's logs and dashboard; nodes have their own, or that of the driver here
     ENV_VARS_TO_PROPAGATE.difference_update([name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")])
     if ray.is_initialized():
@@ -59,11 +59,11 @@ def start() -> None:
 _of_tune = RayActorManager._actor_task_failed
 
 
-def _task_failed(self: RayActorManager, task: Any, exception: Exception) -> None:
+def _task_failed(self: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
     """A worker that Ray has killed for its memory is a lost worker, like others; Tune would end the whole search."""
     if isinstance(exception, RayError) and not isinstance(exception, RayActorError | RayTaskError):
         exception = RayActorError(error_msg=(str(exception).splitlines() or [type(exception).__name__])[0])
-    _of_tune(self, task, exception)
+    _of_tune(self, tracked_actor_task, exception)
 
 
 def stop() -> None:

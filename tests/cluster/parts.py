@@ -122,7 +122,9 @@ class Nodes:
         """folder: one with a short path."""
         self._folder, self._names = folder, itertools.count()
         self.cluster = Cluster()
-        self.cluster.add_node(num_cpus=0, include_dashboard=True, dashboard_port=free_port())
+        self.cluster.add_node(
+            num_cpus=0, include_dashboard=True, dashboard_port=free_port(), dashboard_agent_listen_port=free_port()
+        )  # fmt: skip
         self.fill(count)
         self.jobs = JobSubmissionClient(f"http://{self.cluster.webui_url}")
 

@@ -51,10 +51,10 @@ def test_a_worker_killed_for_its_memory_is_a_lost_one() -> None:
     manager: Any = SimpleNamespace(_failed_actor_ids=set(), _cleanup_actor=lambda tracked_actor: None)
     actor = SimpleNamespace(actor_id="a", _on_error=lambda actor, e: lost.append(e))
     task = SimpleNamespace(_tracked_actor=actor, _on_error=None)
-    runtime._task_failed(manager, task, OutOfMemoryError("1 worker was killed\nmuch more"))
+    runtime._task_failed(manager, tracked_actor_task=task, exception=OutOfMemoryError("1 worker was killed\nmuch more"))
     assert [str(e) for e in lost] == ["1 worker was killed"]
     with pytest.raises(RuntimeError):
-        runtime._task_failed(manager, task, ValueError("else"))
+        runtime._task_failed(manager, tracked_actor_task=task, exception=ValueError("else"))
 
 
 TWO_NODES = """
