@@ -26,6 +26,9 @@ test: lint  ## lint, and every test that is not slow, two files at a time
 test-slow: install  ## the tests marked slow, two at a time, but for those that start Ray
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup
 
+test-faults: install  ## what a study survives, one test after the other; needs PostgreSQL, and a machine with nothing else to do
+	$(BIN)/python -m pytest -m faults tests/cluster/test_faults.py
+
 audit: install  ## what is known against the packages of constraints.txt: docs/security.md
 	test -x .venv/audit/bin/pip-audit || { $(PYTHON) -m venv .venv/audit && .venv/audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit; }
 	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt

@@ -19,7 +19,7 @@ from tuning import registry
 from tuning.listener import CHECKPOINT
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.faults,
     pytest.mark.xdist_group("ray"),
     pytest.mark.skipif(not find_postgres("initdb"), reason="no PostgreSQL on this machine"),
 ]
