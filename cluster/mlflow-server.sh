@@ -34,6 +34,7 @@ cat > "$MLFLOW_AUTH_CONFIG_PATH" <<EOF
 default_permission = READ
 database_uri = ${MLFLOW_BACKEND_STORE_URI//%/%%}
 admin_username = admin
+auth_cache_ttl_seconds = 60
 EOF
 
 # uvicorn ends workers that do not answer it within 5 s, and importing MLflow takes longer on a busy machine
