@@ -142,7 +142,9 @@ def made_for(directory: Path) -> str:
 
 @contextlib.contextmanager
 def _reading(directory: Path) -> Iterator[None]:
-    """Within this, an InputError says which adapter it is about."""
+    """Within this, an InputError says which adapter it is about; without a configuration there is none."""
+    if not (directory / CONFIG_FILE).is_file():
+        raise InputError(f"no adapter in {directory}: {CONFIG_FILE} is missing")
     try:
         yield
     except InputError as e:

@@ -45,7 +45,7 @@ def test_a_process_that_is_gone_does_not_count(tracker: Tracker) -> None:
 
 
 def test_another_machine_is_listened_to(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claim, "BEAT", 0.2)
+    monkeypatch.setattr(claim, "BEAT", 1.0)
     run = start(tracker)
     monkeypatch.setattr(claim, "_where", lambda: "there")
     with claim.held(tracker, run, "s"):
