@@ -72,6 +72,7 @@ def held(tracker: Tracker, run: Run, name: str) -> Iterator[None]:
         elif (
             stored.data.tags["wesam.name"] == name
             and stored.info.status == "RUNNING"
+            and TAG in stored.data.tags
             and (stored.info.start_time, stored.info.run_id) < (run.info.start_time, run.id)
         ):
             run.delete()
