@@ -70,20 +70,21 @@ def progress_of(folder: Path) -> Progress:
 
 
 @contextmanager
-def intact(found: Checkpoint | None) -> Iterator[tuple[Checkpoint | None, Path | None]]:
+def intact(found: Checkpoint | None) -> Iterator[tuple[Checkpoint | None, Path | None, Progress]]:
     """The checkpoint, or of those beside it the latest one before it, whose files are as they were written.
 
-    With its folder on this machine, until the end of the block; None and None where there is none.
+    With its folder on this machine, until the end of the block, and what had been reached; None, None and
+    :data:`NOTHING` where there is none.
     """
     for candidate in _until(found) if found else []:
         with candidate.as_directory() as folder:
             try:
-                progress_of(Path(folder))
+                reached = progress_of(Path(folder))
             except InputError:
                 continue
-            yield candidate, Path(folder)
+            yield candidate, Path(folder), reached
             return
-    yield None, None
+    yield None, None, NOTHING
 
 
 def at(path: str, storage: str) -> Checkpoint:

@@ -39,7 +39,7 @@ def refuse_second(tracker: Tracker, stored: Stored) -> None:
         alive = _lives(told)
     else:
         time.sleep(3 * BEAT)
-        alive = tracker.client.get_run(stored.info.run_id).data.tags.get(TAG) != stored.data.tags[TAG]
+        alive = tracker.run(stored.info.run_id).data.tags.get(TAG) != stored.data.tags[TAG]
     if alive:
         raise _refusal(stored, told)
 
@@ -50,8 +50,10 @@ def held(tracker: Tracker, run: Run, name: str) -> Iterator[None]:
 
     Raises InputError, and leaves the study to the other, if another process has begun the same at the same moment.
     """
-    mine = {"where": _where(), "host": platform.node(), "pid": os.getpid(), "began": _began(os.getpid())}
-    mine["token"] = uuid.uuid4().hex
+    mine = {
+        "where": _where(), "host": platform.node(), "pid": os.getpid(), "began": _began(os.getpid()),
+        "token": uuid.uuid4().hex,
+    }  # fmt: skip
     ended = threading.Event()
 
     def beat() -> None:

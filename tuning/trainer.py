@@ -22,7 +22,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from segment_anything.modeling import Sam
 
 from tuning import joint
-from tuning.checkpoint import NOTHING, Progress, at, folder_of, intact, progress_of, written
+from tuning.checkpoint import Progress, at, folder_of, intact, written
 from tuning.leaving import Notice
 from tuning.plan import Plan
 from wesam import Config, Report, Scores, adapt, load_domain, load_sam
@@ -210,7 +210,7 @@ def several_workers(trial: Result) -> None:
 
 
 KEEP: dict[str, Any] = {"num_to_keep": 1, "checkpoint_score_attribute": "rank", "checkpoint_score_order": "max"}
-"""The best checkpoint; Ray keeps the last one besides, to go on from."""
+"""Of several workers: the best checkpoint; Ray keeps the last one besides, to go on from."""
 
 
 def _worker(trial: Result) -> None:
@@ -234,9 +234,8 @@ def _from_checkpoint(
     """
     if found is None and resume is not None:
         found = at(resume, setting.plan.storage)
-    with intact(found) as (used, folder):
-        reached, told = progress_of(folder) if folder else NOTHING, {}
-        best = reached.best
+    with intact(found) as (used, folder, reached):
+        best, told = reached.best, {}
         if found:
             damaged = used is None or used.path != found.path
             if damaged and not reached.best_here:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.cluster.parts import ROOT, Mlflow, Nodes, Postgres, Study, find_postgres, wait
@@ -88,24 +89,23 @@ def begin(
     nodes.fill(2)
 
 
-def test_a_killed_worker_s_trial_goes_on_from_its_last_checkpoint(begin: Begin, nodes: Nodes) -> None:
+def loses(begin: Begin, nodes: Nodes, lose: Callable[[psutil.Process], None]) -> None:
+    """A study in the middle of which something is done to a worker; its trial goes on from its last checkpoint."""
     study = begin("--trials", "3")
     driver = study.start()
     wait("a trial in its middle", lambda: study.at(2))
-    nodes.workers()[0].kill()
+    lose(nodes.workers()[0])
     study.ended(driver)
     study.check(3, STEPS, again=1)
     study.check_nothing_is_left()
+
+
+def test_a_killed_worker_s_trial_goes_on_from_its_last_checkpoint(begin: Begin, nodes: Nodes) -> None:
+    loses(begin, nodes, psutil.Process.kill)
 
 
 def test_trials_of_a_node_that_is_lost_go_on_elsewhere(begin: Begin, nodes: Nodes) -> None:
-    study = begin("--trials", "3")
-    driver = study.start()
-    wait("a trial in its middle", lambda: study.at(2))
-    nodes.remove(nodes.workers()[0])
-    study.ended(driver)
-    study.check(3, STEPS, again=1)
-    study.check_nothing_is_left()
+    loses(begin, nodes, nodes.remove)
 
 
 def test_a_study_whose_driver_is_killed_goes_on_when_it_is_submitted_again(begin: Begin) -> None:

@@ -41,8 +41,8 @@ def folder(trial: Path, tmp_path: Path) -> Path:
 
 
 def found(folder: Path) -> int | None:
-    with intact(Checkpoint(str(folder / "checkpoint_000002"))) as (_, place):
-        return progress_of(place).step if place else None
+    with intact(Checkpoint(str(folder / "checkpoint_000002"))) as (used, _, reached):
+        return reached.step if used else None
 
 
 def test_a_checkpoint_says_how_far_it_is(folder: Path) -> None:
