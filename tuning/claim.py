@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 from mlflow.entities import Run as Stored
+from mlflow.exceptions import MlflowException
 
 from tuning.tracking import Run, Tracker
 from wesam.errors import InputError
@@ -45,8 +46,10 @@ def refuse_second(tracker: Tracker, stored: Stored) -> None:
 
 
 @contextlib.contextmanager
-def held(tracker: Tracker, run: Run, name: str) -> Iterator[None]:
+def held(tracker: Tracker, run: Run, name: str, before: Stored | None = None) -> Iterator[None]:
     """Says in the study's run that this process runs it, until the end of the block.
+
+    before: the run when :func:`refuse_second` has looked at it, if it is an earlier one.
 
     Raises InputError, and leaves the study to the other, if another process has begun the same at the same moment.
     """
@@ -63,7 +66,23 @@ def held(tracker: Tracker, run: Run, name: str) -> Iterator[None]:
             with contextlib.suppress(Exception):  # a server that is away is another one's concern
                 tracker.client.set_tag(run.id, TAG, json.dumps({**mine, "beat": count}))
 
-    tracker.later(lambda: tracker.client.set_tag(run.id, TAG, json.dumps(mine))).result()
+    known = before.data.tags.get(TAG) if before else None
+
+    def write() -> Stored | None:
+        """Claims the study, unless somebody else has since, whose run is returned."""
+        try:
+            if (now := tracker.client.get_run(run.id)).data.tags.get(TAG) == known:
+                tracker.client.set_tag(run.id, TAG, json.dumps(mine))
+                return None
+        except MlflowException:  # a database takes a new tag of one process only
+            if (now := tracker.client.get_run(run.id)).data.tags.get(TAG) == known:
+                raise
+        return now
+
+    other = tracker.later(write).result()
+    if other and (told := json.loads(other.data.tags[TAG]))["token"] != mine["token"]:  # else an answer was lost
+        run.leave()
+        raise _refusal(other, told)
     time.sleep(SETTLED)
     for stored in tracker.find("study"):
         if stored.info.run_id == run.id:

@@ -158,7 +158,7 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
         if domain.left_out:
             board.say(f"{domain.name}: {len(domain.left_out)} wrong annotations are left out: wesam check lists them")
     searches = [DomainSearch(context, name, given, studies[name], before) for name, given in searched.items()]
-    with _stoppable(), held(tracker, run, plan.name), board:
+    with _stoppable(), held(tracker, run, plan.name, stored), board:
         run.attach(lambda: {PLAN: plan.to_json().encode()})
         leaving.take_back(plan.name)
         try:
