@@ -103,13 +103,14 @@ def drive(setting: Setting, config: Config, resume: Path | None, best: float, se
                 continue
             sums.add(turn)
             now = {name: r.val for name, r in zip(direct, turn, strict=True) if r.val is not None}
+            if not now and not notice.came():
+                continue
             reports, step = dict(zip(direct, turn, strict=True)), turn[0].step
             mb = sum(p.numel() * p.element_size() for p in turn[0].model.trainable()) / 1e6
             result: Result = {"step": step, "last": step == turn[0].steps, "saved": not now, "size": mb}
             result["seconds"] = sums.seconds / sums.steps
             if not now:
-                if notice.came():
-                    send({**result, METRIC: best, "rank": -math.inf}, Progress(step, best, best_here=False), reports)
+                send({**result, METRIC: best, "rank": -math.inf}, Progress(step, best, best_here=False), reports)
                 continue
             score = joint.score(plan, now, direct)
             best = max(best, score)
