@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo install lint test test-slow audit clean
+.PHONY: demo install lint test test-slow test-faults audit clean
 
 demo: install  ## a study on three procedural domains: 10 to 15 minutes on two cores
 	$(BIN)/python -m tuning run --demo
@@ -23,8 +23,8 @@ lint: install  ## ruff and mypy
 test: lint  ## lint, and every test that is not slow, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: install  ## the tests marked slow, two at a time, but for those that start Ray
-	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup
+test-slow: install  ## the tests marked slow, two at a time
+	$(BIN)/python -m pytest -m slow -n 2
 
 test-faults: install  ## what a study survives, one test after the other; needs PostgreSQL, and a machine with nothing else to do
 	$(BIN)/python -m pytest -m faults tests/cluster/test_faults.py

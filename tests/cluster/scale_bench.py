@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -37,13 +38,14 @@ from safetensors.torch import save as tensors
 import tuning.domain
 from tuning import runtime
 from tuning.budget import Budget
+from tuning.checkpoint import DIGESTS, PROGRESS_FILE
 from tuning.domain import DomainSearch
 from tuning.plan import make_plan
 from tuning.progress import Board
 from tuning.sampler import open_storage, open_study
 from tuning.target import Context, study_tags
 from tuning.tracking import Tracker
-from tuning.trainer import METRIC, PROGRESS_FILE
+from tuning.trainer import METRIC
 from wesam import Scores
 from wesam.adapt import STATE_FILE
 from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE
@@ -63,6 +65,7 @@ def stand_in(sleep: float) -> Callable[[dict[str, Any]], None]:
     """
     files = {CONFIG_FILE: b"{}", WEIGHTS_FILE: tensors({"a": torch.zeros(100)}), STATE_FILE: bytes(1000)}
     metric, progress, losses, steps, every = METRIC, PROGRESS_FILE, LOSSES, STEPS, EVERY
+    digests = {DIGESTS: {name: hashlib.blake2b(contents).hexdigest() for name, contents in files.items()}}
 
     def one_worker(trial: dict[str, Any]) -> None:
         config, number = trial["config"], trial["number"]
@@ -77,12 +80,20 @@ def stand_in(sleep: float) -> Callable[[dict[str, Any]], None]:
             metrics = {f"val_{k}": score for k in ("miou", "f1", "label_free")} | {f"loss.{k}": 1.0 for k in losses}
             metrics |= dict.fromkeys(("val_collapsed", "seconds_per_step", "waited", "images_per_second"), 1.0)
             metrics |= {f"system/{k}": 1.0 for k in ("cpu", "memory", "memory_percentage")} | {"adapter_mb": 0.3}
-            result = {"step": step, "last": step == steps, metric: best, "metrics": metrics, "size": 0.3}
+            result = {
+                "step": step,
+                "last": step == steps,
+                "saved": False,
+                metric: best,
+                "metrics": metrics,
+                "size": 0.3,
+            }
             result |= {"seconds": 1.0, "score": score, "rank": score - 1e-9 * step, "gap": 0.0}
             with tempfile.TemporaryDirectory() as folder:
                 for name, contents in files.items():
                     (Path(folder) / name).write_bytes(contents)
-                (Path(folder) / progress).write_text(json.dumps({"step": step, metric: best}))
+                told = {"step": step, "best": best, "best_here": score == best, **digests}
+                (Path(folder) / progress).write_text(json.dumps(told))
                 tune.report(result, checkpoint=tune.Checkpoint(folder))
 
     return one_worker

@@ -21,7 +21,6 @@ from tuning.listener import CHECKPOINT
 
 pytestmark = [
     pytest.mark.faults,
-    pytest.mark.xdist_group("ray"),
     pytest.mark.skipif(not find_postgres("initdb"), reason="no PostgreSQL on this machine"),
 ]
 STEPS = 6

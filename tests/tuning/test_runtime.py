@@ -72,7 +72,6 @@ print(len(nodes), list(runtime._seen(sys.argv[1], nodes)), list(runtime._seen(sy
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_nodes_of_a_real_cluster_are_asked(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", TWO_NODES, str(tmp_path)],
