@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import optuna
@@ -38,6 +39,7 @@ def start() -> None:
     RayActorManager._actor_task_failed = _task_failed  # type: ignore[method-assign]
     # what Tune sends to trials stands in Ray's logs and dashboard; nodes have their own, or that of the driver here
     ENV_VARS_TO_PROPAGATE.difference_update([name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")])
+    ray._private.worker.print_to_stdstream = _in_one_line
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
@@ -54,6 +56,12 @@ def start() -> None:
             where = f"join the Ray cluster at RAY_ADDRESS={address}" if address else "start Ray on this machine"
             raise InputError(f"cannot {where}: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
     quiet()  # ray.init sets up its loggers anew
+
+
+def _in_one_line(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    """What Ray has to say of the cluster; of a lost node it would print the last pages of that node's log."""
+    said = "\n".join(data["lines"]).strip().partition("\n")[0].partition(". ")[0]
+    print(f"Ray: {said}", file=sys.stderr)
 
 
 _of_tune = RayActorManager._actor_task_failed

@@ -136,9 +136,22 @@ class Nodes:
 
     def remove(self, worker: psutil.Process) -> None:
         """Kills the node of a worker and all that runs there, as when its machine is lost."""
+        self.cluster.remove_node(self._node(worker), allow_graceful=False)
+
+    def take(self, worker: psutil.Process, seconds: int) -> None:
+        """Gives the node of a worker so long, as when a spot machine is taken away; then kills it."""
+        node, ray = self._node(worker), Path(sys.executable).parent
+        env = {**os.environ, "RAY_ADDRESS": self.cluster.address, "PATH": f"{ray}:{os.environ['PATH']}"}
+        leave = [ROOT / "cluster/leave.sh", str(seconds), node.node_id]
+        done = subprocess.run(leave, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode == 0, done.stdout
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def _node(self, worker: psutil.Process) -> Any:
+        """On which a worker runs."""
         raylets = {n.all_processes["raylet"][0].process.pid: n for n in self.cluster.worker_nodes}
         (node,) = (raylets[p.pid] for p in worker.parents() if p.pid in raylets)
-        self.cluster.remove_node(node, allow_graceful=False)
+        return node
 
     def workers(self) -> list[psutil.Process]:
         """The processes that train."""
@@ -247,19 +260,19 @@ class Study:
             driver.wait()
         self.tracker.close()
 
-    def check(self, trials: int, steps: int, again: int = 0) -> None:
-        """Each trial has ended once, with all of its steps and its adapter, and Optuna knows of the same trials.
+    def check(self, trials: int, steps: int, again: int = 0, every: int = 1) -> None:
+        """Each trial has ended once, with all of its evaluations and its adapter, and Optuna knows of the same trials.
 
-        again: how many steps may have been done twice.
+        again: how many evaluations may have been done twice. every: steps between them.
         """
         ended = self.finished()
         found = {int(r.data.tags["wesam.trial"]): r for r in ended}
         assert sorted(found) == list(range(1, trials + 1)), self.said()
         assert len(ended) == trials
         for run in ended:
-            assert sorted(set(self.steps(run))) == list(range(steps + 1)), run.info.run_name
+            assert sorted(set(self.steps(run))) == list(range(0, steps + 1, every)), run.info.run_name
             assert set(self.tracker.files(run.info.run_id, "adapter")) == {CONFIG_FILE, WEIGHTS_FILE}
-        assert sum(len(self.steps(r)) for r in ended) <= trials * (steps + 1) + again
+        assert sum(len(self.steps(r)) for r in ended) <= trials * (steps // every + 1) + again
         told = {}
         for domain in self.runs()["domain"]:
             study = optuna.load_study(study_name=f"{self.name}-{domain.data.tags['wesam.name']}", storage=self._optuna)

@@ -57,6 +57,12 @@ def test_a_worker_killed_for_its_memory_is_a_lost_one() -> None:
         runtime._task_failed(manager, tracked_actor_task=task, exception=ValueError("else"))
 
 
+def test_of_a_lost_node_ray_says_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    message = "\nRaylet is terminated. Possible reasons include: many\n    [state-dump] much\n"
+    runtime._in_one_line({"lines": [message], "pid": "raylet", "is_err": False}, ignore_prefix=False)
+    assert capsys.readouterr().err == "Ray: Raylet is terminated\n"
+
+
 TWO_NODES = """
 import sys
 import ray
