@@ -17,7 +17,7 @@ from tuning.confirm import DIRECT, SEED, SUPERVISED, Confirmation, Proposal
 from tuning.listener import CHECKPOINT, Listener, read_state
 from tuning.plan import REFERENCES, Plan, shown
 from tuning.replay import Past, tell
-from tuning.sampler import catch_up, enqueue
+from tuning.sampler import catch_up, ended, enqueue
 from tuning.schedulers import KEPT, Stopping, make_scheduler
 from tuning.search import Search
 from tuning.target import Context, Target
@@ -140,6 +140,7 @@ class DomainSearch(threading.Thread):
         if count:
             held = {r for r in REFERENCES if plan.point(r) is not None}
             seen = {t.reference for t in done} | {p.get("reference") for p in going_on}
+            seen |= {t.user_attrs.get("reference") for t in ended(self._study, plan).values()}
             missing = [r for r in REFERENCES if r not in seen]
             catch_up(self._study, plan, done, going_on)
             enqueue(self._study, plan, [r for r in missing if r in held])
@@ -158,6 +159,7 @@ class DomainSearch(threading.Thread):
             _tuner(setting, self.name, count, c.side_by_side, search, scheduler, self._listener).fit()
             c.tracker.flush()
         self.trials = trials(c.tracker, run.id)
+        catch_up(self._study, plan, self.trials, ())  # one that had failed before and was gone on with
 
 
 def past(tracker: Tracker, trial: Trial) -> Past:

@@ -14,6 +14,7 @@ import optuna
 import ray
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.tune.experiment import Trial
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from wesam.errors import InputError
@@ -40,6 +41,7 @@ def start() -> None:
     # what Tune sends to trials stands in Ray's logs and dashboard; nodes have their own, or that of the driver here
     ENV_VARS_TO_PROPAGATE.difference_update([name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")])
     ray._private.worker.print_to_stdstream = _in_one_line
+    Trial.get_pickled_error = _nothing  # type: ignore[method-assign]
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
@@ -56,6 +58,10 @@ def start() -> None:
             where = f"join the Ray cluster at RAY_ADDRESS={address}" if address else "start Ray on this machine"
             raise InputError(f"cannot {where}: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
     quiet()  # ray.init sets up its loggers anew
+
+
+def _nothing(trial: Trial) -> None:
+    """Tune's results would hold the error of each failed trial, unpickled from the study's storage."""
 
 
 def _in_one_line(data: Mapping[str, Any], ignore_prefix: bool) -> None:

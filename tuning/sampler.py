@@ -214,7 +214,7 @@ def catch_up(study: optuna.Study, plan: Plan, done: Iterable[Trial], unfinished:
     for t in known:
         if t.state == TrialState.RUNNING and t.number not in going_on:
             study.tell(t.number, state=TrialState.FAIL)
-    numbers = {t.user_attrs.get("number") for t in known if t.state in (TrialState.COMPLETE, TrialState.PRUNED)}
+    numbers = ended(study, plan)
     for trial in done:
         if trial.number not in numbers and trial.point and trial.ended != "diverged":
             values = [trial.best, *(trial.metrics[COST_METRICS[c]] for c in plan.minimize)]
@@ -225,6 +225,12 @@ def catch_up(study: optuna.Study, plan: Plan, done: Iterable[Trial], unfinished:
                     distributions=distributions(plan.space, trial.point), user_attrs=attrs,
                 )
             )  # fmt: skip
+
+
+def ended(study: optuna.Study, plan: Plan) -> dict[int, FrozenTrial]:
+    """This study's trials of which Optuna has the result, by their numbers in the search."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    return {t.user_attrs["number"]: t for t in trials if t.user_attrs.get("study") == plan.name}
 
 
 def ask(trial: BaseTrial, space: Space) -> Point:

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 
 from tuning.budget import Budget
 from tuning.confirm import Confirmation, Proposal
 from tuning.plan import Plan
-from tuning.sampler import SEARCHED, Point, ask, go_near
+from tuning.sampler import SEARCHED, Point, ask, decoded, ended, go_near
 from tuning.trainer import METRIC
 
 LABELS = {"paper": "paper's hyperparameters", "defaults": "model's defaults"}
@@ -35,6 +35,8 @@ class Search(Searcher):
         super().__init__(metric=METRIC, mode="max")
         self._plan, self._study, self._budget, self._stopped = plan, study, budget, stopped
         self._numbers, self._references, self._unfinished = list(numbers), list(references), list(unfinished)
+        self._lost = {n: t for n, t in ended(study, plan).items() if n in numbers}
+        """Trials of which Optuna has the result, but MLflow nothing: its driver was killed. They are run again."""
         self._confirmation = confirmation
         self._trials: dict[str, optuna.Trial] = {}
         self._live: dict[str, Proposal] = {}
@@ -68,12 +70,17 @@ class Search(Searcher):
     def _next(self, trial_id: str, number: int) -> Proposal:
         if self._references:
             return self._proposal(number, None, self._references.pop(0))
+        if known := self._lost.get(number):
+            return self._proposed(number, decoded(self._plan.space, known.params), known)
         go_near(self._study, self._plan, number)
         trial = self._study.ask()
         self._trials[trial_id] = trial
         point = ask(trial, self._plan.space)
         for key, value in (("study", self._plan.name), ("number", number)):
             trial.set_user_attr(key, value)
+        return self._proposed(number, point, trial)
+
+    def _proposed(self, number: int, point: Point, trial: optuna.Trial | FrozenTrial) -> Proposal:
         found = self._proposal(number, point, trial.user_attrs.get("reference"), trial.user_attrs.get("label"))
         return {**found, "optuna": trial.number}
 

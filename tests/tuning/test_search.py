@@ -230,6 +230,23 @@ def test_an_interrupted_study_goes_on_in_optuna(tmp_path: Path) -> None:
     assert again.suggest("y")["number"] == 8
 
 
+def test_a_trial_of_which_mlflow_knows_nothing_is_run_again_as_it_was(tmp_path: Path) -> None:
+    """Its driver was killed after Optuna had been told of its end, and before MLflow had heard of it."""
+    plan = make(tmp_path)
+    search, study, _ = begin(plan)
+    proposals = [search.suggest(name) for name in "abc"]
+    for name in "abc":
+        search.on_trial_complete(name, result(0.5, 8))
+    before = [t.number for t in study.trials if t.state == TrialState.COMPLETE]
+    again = Search(plan, study, [2, 3, 4], (), (), Confirmation(plan, 0.4, {}, (), supervised=True), Budget(plan), {})
+    assert [again.suggest(name) for name in "de"] == proposals[1:]
+    for name in "de":
+        again.on_trial_result(name, result(0.5, 8))
+        again.on_trial_complete(name, result(0.5, 8))
+    assert [t.number for t in study.trials if t.state == TrialState.COMPLETE] == before, "told once"
+    assert again.suggest("f")["optuna"] > max(before)
+
+
 def test_a_budget_that_is_spent_ends_the_search(tmp_path: Path) -> None:
     plan = make(tmp_path, gpu_hours=1e-13, hours=1.0)
     budget = Budget(plan)
