@@ -160,11 +160,14 @@ def _study(args: argparse.Namespace, run: Callable[[Any, Any], dict[str, Any]]) 
     print("starting Ray and MLflow ...", flush=True)
     from tuning import report, runtime, study
 
-    tracker = _tracker(args)
+    tracker, unwritten = _tracker(args), ""
     try:
         result = run(study, tracker)
         out = Path("runs") / result["study"] / "report"
-        report.write(report.collect(tracker, result["study"]), out)
+        try:
+            report.write(report.collect(tracker, result["study"]), out)
+        except InputError as e:  # of a disk that is full; what was found is told nevertheless
+            unwritten = str(e)
     finally:
         tracker.close()
         runtime.stop()
@@ -172,7 +175,7 @@ def _study(args: argparse.Namespace, run: Callable[[Any, Any], dict[str, Any]]) 
     print()
     print(summary(result))
     print()
-    print(f"report: {out / report.PAGE}")
+    print(unwritten or f"report: {out / report.PAGE}")
     uri = tracker.uri
     option = "" if uri == DEFAULT_URI else f" --tracking-uri {uri}"
     found = next((r["domain"] for r in result["domains"] if r.get("version")), None)
@@ -183,6 +186,10 @@ def _study(args: argparse.Namespace, run: Callable[[Any, Any], dict[str, Any]]) 
         print(f"  {program('python')} -m tuning best {found} --out {found}-adapter{option}")
     failed = [r for r in result["domains"] if "error" in r]
     if failed:
+        print(f"  {program('python')} -m tuning resume {result['study']}{option}")
+    if unwritten:
+        print(f"  {program('python')} -m tuning report {result['study']} --out DIR{option}")
+    if failed or unwritten:
         raise SystemExit(1)
 
 

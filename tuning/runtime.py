@@ -41,7 +41,7 @@ def start() -> None:
     # what Tune sends to trials stands in Ray's logs and dashboard; nodes have their own, or that of the driver here
     ENV_VARS_TO_PROPAGATE.difference_update([name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")])
     ray._private.worker.print_to_stdstream = _in_one_line
-    Trial.get_pickled_error = _nothing  # type: ignore[method-assign]
+    Trial.get_pickled_error = _no_error  # type: ignore[method-assign]
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
@@ -60,8 +60,9 @@ def start() -> None:
     quiet()  # ray.init sets up its loggers anew
 
 
-def _nothing(trial: Trial) -> None:
-    """Tune's results would hold the error of each failed trial, unpickled from the study's storage."""
+def _no_error(self: Trial) -> Exception | None:
+    """Nothing: Tune's results would hold the error of each failed trial, unpickled from the study's storage."""
+    return None
 
 
 def _in_one_line(data: Mapping[str, Any], ignore_prefix: bool) -> None:
