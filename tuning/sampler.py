@@ -167,12 +167,16 @@ def enqueue(study: optuna.Study, plan: Plan, references: Iterable[str]) -> None:
     model's defaults with box aids.
     """
     known = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("study") == plan.name]
-    waiting = {t.user_attrs.get("reference") for t in known if t.state == TrialState.WAITING}
-    for reference in references:
-        point = plan.point(reference)
-        if point is not None and reference not in waiting:
-            attrs = {"reference": reference, "study": plan.name}
-            study.enqueue_trial(encoded(plan.space, point), user_attrs=attrs)
+    queue = [t for t in known if t.state == TrialState.WAITING]
+    waiting = {t.user_attrs.get("reference") for t in queue}
+    points = {r: p for r in references if r not in waiting and (p := plan.point(r)) is not None}
+    behind = [t for t in queue if "reference" not in t.user_attrs] if points else []
+    for t in behind:  # what is put into Optuna's queue comes last, and references are to come first
+        study._storage.set_trial_state_values(t._trial_id, TrialState.FAIL)
+    for reference, point in points.items():
+        study.enqueue_trial(encoded(plan.space, point), user_attrs={"reference": reference, "study": plan.name})
+    for t in behind:
+        study.enqueue_trial(t.system_attrs["fixed_params"], user_attrs=t.user_attrs)
     if known:  # the rest is in the queue since the study began
         return
     for source, flat in plan.warm:

@@ -214,7 +214,8 @@ def test_a_study_whose_storage_was_full_goes_on_from_what_it_had(begin: Begin, r
 
 def test_each_of_24_trials_ends_once_through_20_kills(begin: Begin, nodes: Nodes, mlflow: Mlflow) -> None:
     random_ = random.Random(0)
-    study = begin("--trials", str(trials := 24), "--set", "method=supervised")
+    learning = ("method=supervised", "lora.targets=encoder+decoder", "optim.lr=0.005", "optim.warmup_steps=0")
+    study = begin("--trials", str(trials := 24), *(part for s in learning for part in ("--set", s)))
     job, kills = study.submit(), ["worker"] * 12 + ["driver"] * 5 + ["mlflow"] * 3
     random_.shuffle(kills)
     for kill in kills:

@@ -82,6 +82,18 @@ def test_the_defaults_with_box_aids_are_called_so_and_are_no_reference(tmp_path:
     assert third["config"]["loss.tightness"] == 1.0
 
 
+def test_a_reference_that_has_failed_comes_first_when_the_study_goes_on(tmp_path: Path) -> None:
+    plan = make(tmp_path)
+    search, study, _ = begin(plan)
+    search.suggest("a")
+    search.on_trial_complete("a", error=True)
+    enqueue(study, plan, REFERENCES)
+    again = Search(plan, study, range(1, 5), (), (), Confirmation(plan, 0.4, {}, (), supervised=True), Budget(plan), {})
+    proposals = [again.suggest(name) for name in "abcd"]
+    assert {p.get("reference") for p in proposals[:2]} == set(REFERENCES)
+    assert [p["label"] for p in proposals[2:]] == [sampler.AIDED, sampler.SEARCHED]
+
+
 def test_trials_go_on_near_the_best_one_until_the_sampler_takes_turns(tmp_path: Path) -> None:
     plan = make(tmp_path, trials=12)
     search, study, _ = begin(plan)
