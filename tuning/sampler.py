@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import heapq
-import random
 import sqlite3
 import warnings
 from collections.abc import Iterable, Mapping
@@ -31,9 +30,6 @@ Params = dict[str, Any]
 
 SEARCHED, AIDED, BEST_OF = "searched", "model's defaults with box aids", "best of "
 """What trials are called that are no references; after the last one comes where that was found."""
-
-MOVED = 0.3
-"""The share of the hyperparameters in which a trial near the best one differs from it."""
 
 BEST, RECENT = 50, 250
 """Of more trials TPE sees the best ones, of which it never takes more than 25 for good, and the last ones: what a
@@ -184,28 +180,6 @@ def enqueue(study: optuna.Study, plan: Plan, references: Iterable[str]) -> None:
         study.enqueue_trial(encoded(plan.space, point), user_attrs={"label": BEST_OF + source, "study": plan.name})
     if plan.sampler != "random" and (aided := plan.aided()):
         study.enqueue_trial(encoded(plan.space, aided), user_attrs={"label": AIDED, "study": plan.name})
-
-
-def go_near(study: optuna.Study, plan: Plan, number: int) -> None:
-    """Has the study try a point near its best one as this trial: in each trial until the sampler has enough to learn
-    from, and from then on in each second one. What is in the queue comes first.
-
-    In a space of many dimensions a few trials tell a sampler little; a few steps from what is good are mostly not bad.
-    """
-    if plan.sampler == "random" or (number > startup(plan) and number % 2):
-        return
-    known = study.get_trials(deepcopy=False)
-    if any(t.state == TrialState.WAITING and t.user_attrs.get("study") == plan.name for t in known):
-        return
-    done = [t for t in known if t.state == TrialState.COMPLETE]
-    best = max(done, key=lambda t: t.values[0], default=None)
-    start = decoded(plan.space, best.params) if best else plan.aided() or plan.point("defaults")
-    if start is None:
-        return
-    generator = random.Random(1_000_003 * plan.base.seed + number)
-    moved = {p for p in plan.space if generator.random() < MOVED} or {generator.choice(list(plan.space))}
-    point = {p: axis.near(start[p], generator) if p in moved else start[p] for p, axis in plan.space.items()}
-    study.enqueue_trial(encoded(plan.space, point), user_attrs={"study": plan.name})
 
 
 def catch_up(study: optuna.Study, plan: Plan, done: Iterable[Trial], unfinished: Iterable[Mapping[str, Any]]) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from tuning.budget import Budget
 from tuning.confirm import Confirmation, Proposal
 from tuning.plan import Plan
-from tuning.sampler import SEARCHED, Point, ask, decoded, ended, go_near
+from tuning.proposals import Running, propose
+from tuning.sampler import SEARCHED, Point, decoded, ended
 from tuning.trainer import METRIC
 
 LABELS = {"paper": "paper's hyperparameters", "defaults": "model's defaults"}
@@ -38,7 +39,7 @@ class Search(Searcher):
         self._lost = {n: t for n, t in ended(study, plan).items() if n in numbers}
         """Trials of which Optuna has the result, but MLflow nothing: its driver was killed. They are run again."""
         self._confirmation = confirmation
-        self._trials: dict[str, optuna.Trial] = {}
+        self._trials: dict[str, Running] = {}
         self._live: dict[str, Proposal] = {}
         """The search's own trials that have not ended."""
 
@@ -71,18 +72,14 @@ class Search(Searcher):
         if self._references:
             return self._proposal(number, None, self._references.pop(0))
         if known := self._lost.get(number):
-            return self._proposed(number, decoded(self._plan.space, known.params), known)
-        go_near(self._study, self._plan, number)
-        trial = self._study.ask()
+            return self._proposed(number, decoded(self._plan.space, known.params), known.number, known.user_attrs)
+        trial, point, attrs = propose(self._study, self._plan, number)
         self._trials[trial_id] = trial
-        point = ask(trial, self._plan.space)
-        for key, value in (("study", self._plan.name), ("number", number)):
-            trial.set_user_attr(key, value)
-        return self._proposed(number, point, trial)
+        return self._proposed(number, point, trial.number, attrs)
 
-    def _proposed(self, number: int, point: Point, trial: optuna.Trial | FrozenTrial) -> Proposal:
-        found = self._proposal(number, point, trial.user_attrs.get("reference"), trial.user_attrs.get("label"))
-        return {**found, "optuna": trial.number}
+    def _proposed(self, number: int, point: Point, optuna_number: int, attrs: Mapping[str, Any]) -> Proposal:
+        found = self._proposal(number, point, attrs.get("reference"), attrs.get("label"))
+        return {**found, "optuna": optuna_number}
 
     def _proposal(
         self, number: int, point: Point | None, reference: str | None = None, label: str | None = None
@@ -96,7 +93,7 @@ class Search(Searcher):
         if "optuna" in found:
             frozen = next(t for t in self._study.get_trials(deepcopy=False) if t.number == found["optuna"])
             if frozen.state == TrialState.RUNNING:
-                self._trials[trial_id] = optuna.Trial(self._study, frozen._trial_id)
+                self._trials[trial_id] = Running(self._study, frozen._trial_id, frozen.number)
         return found
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -116,11 +113,11 @@ class Search(Searcher):
         if trial is None:
             return
         if error or not result or METRIC not in result or (not result["last"] and trial_id not in self._stopped):
-            self._study.tell(trial, state=TrialState.FAIL)
+            trial.tell(state=TrialState.FAIL)
             return
         values = [result[METRIC], *(result[c] for c in self._plan.minimize)]
         if trial_id in self._stopped and not self._plan.minimize:
             trial.report(values[0], result["step"])  # Tune does not hand it on when it stops a trial
-            self._study.tell(trial, state=TrialState.PRUNED)
+            trial.tell(state=TrialState.PRUNED)
         else:
-            self._study.tell(trial, values)
+            trial.tell(values)
