@@ -17,7 +17,7 @@ from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, TrialState, create_
 
 from tuning.plan import Plan, shown
 from tuning.space import Axis, Space, space_to_dict
-from tuning.storage import PatientStorage
+from tuning.storage import PatientStorage, StudyStorage
 from tuning.tracking import Trial
 from wesam.config import Value
 from wesam.errors import InputError
@@ -45,7 +45,7 @@ def open_storage(url: str) -> RDBStorage:
     try:
         if not url.startswith("sqlite"):
             return PatientStorage(url)
-        return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60, "factory": _Unhurried}})
+        return StudyStorage(url, engine_kwargs={"connect_args": {"timeout": 60, "factory": _Unhurried}})
     except ImportError as e:
         raise InputError(f"--optuna {shown(url)} needs a package that is not installed: {e}") from None
     except Exception as e:  # every database has errors of its own
@@ -54,7 +54,7 @@ def open_storage(url: str) -> RDBStorage:
 
 
 class _Unhurried(sqlite3.Connection):
-    """A proposal is some twenty transactions, and the driver is not to wait for the disk after each.
+    """A trial is some ten transactions, and the driver is not to wait for the disk after each.
 
     What a machine that loses its power forgets of the last ones, :func:`catch_up` finds in MLflow.
     """

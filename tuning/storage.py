@@ -1,4 +1,4 @@
-"""Optuna's database, which is waited for while it is away."""
+"""Optuna's database, which is asked for little, and waited for while it is away."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from optuna.distributions import BaseDistribution, distribution_to_json
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import TrialParamModel
 from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.orm import Session
 
 from tuning.plan import shown
 
@@ -27,7 +30,19 @@ CALLS = (
 """What Optuna asks of a database; each is one transaction."""
 
 
-class PatientStorage(RDBStorage):
+class StudyStorage(RDBStorage):
+    """A database in which all trials of a study have one space, as :func:`tuning.sampler.open_study` sees to it: a
+    parameter is not compared with those of earlier trials, two queries each.
+    """
+
+    def _set_trial_param_without_commit(
+        self, session: Session, trial_id: int, name: str, value: float, distribution: BaseDistribution, *_: Any
+    ) -> None:
+        told = distribution_to_json(distribution)
+        session.add(TrialParamModel(trial_id=trial_id, param_name=name, param_value=value, distribution_json=told))
+
+
+class PatientStorage(StudyStorage):
     """A database on a server: a call that finds it away, or loses it, is made again until it answers."""
 
 
@@ -54,4 +69,4 @@ def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 for _name in CALLS:
-    setattr(PatientStorage, _name, _patient(getattr(RDBStorage, _name)))
+    setattr(PatientStorage, _name, _patient(getattr(StudyStorage, _name)))
