@@ -32,12 +32,12 @@ class Running:
     number: int
 
     def report(self, value: float, step: int) -> None:
-        """A score on the way, for those who look at the study, and for what a pruned trial counts as."""
+        """A score on the way."""
         self.study._storage.set_trial_intermediate_value(self.id, step, value)
 
-    def tell(self, values: Sequence[float] | None = None, state: TrialState | None = None) -> None:
-        """How it has ended."""
-        self.study.tell(self.number, values, state)
+    def tell(self, state: TrialState, values: Sequence[float] | None = None) -> None:
+        """How it has ended, and with which values; of a failed one there are none."""
+        self.study._storage.set_trial_state_values(self.id, state, values)
 
 
 def propose(study: optuna.Study, plan: Plan, number: int) -> tuple[Running, Point, Mapping[str, Any]]:

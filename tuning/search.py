@@ -113,11 +113,10 @@ class Search(Searcher):
         if trial is None:
             return
         if error or not result or METRIC not in result or (not result["last"] and trial_id not in self._stopped):
-            trial.tell(state=TrialState.FAIL)
+            trial.tell(TrialState.FAIL)
             return
         values = [result[METRIC], *(result[c] for c in self._plan.minimize)]
-        if trial_id in self._stopped and not self._plan.minimize:
+        pruned = trial_id in self._stopped and not self._plan.minimize
+        if pruned:
             trial.report(values[0], result["step"])  # Tune does not hand it on when it stops a trial
-            trial.tell(state=TrialState.PRUNED)
-        else:
-            trial.tell(values)
+        trial.tell(TrialState.PRUNED if pruned else TrialState.COMPLETE, values)

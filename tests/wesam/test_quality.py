@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 
 import pytest
@@ -16,12 +15,6 @@ from wesam.evaluate import baseline, evaluate
 pytestmark = pytest.mark.slow
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 SHIFTED = ("corrupted", "medical", "camouflaged", "cluttered")
-
-
-def gains(sam: Sam, domain: str, method: str, seeds: int) -> list[float]:
-    """What the method adds to Direct's mIoU on test, at its defaults, seed by seed."""
-    row = compare(sam, load_domain(domain), {method: method_preset("nano", method)}, range(seeds))
-    return [found - row["direct"] for found in row[f"{method}_all"]]
 
 
 def test_the_embedded_model_is_far_above_an_ellipse_in_the_box(sam: Sam) -> None:
@@ -46,23 +39,20 @@ def test_the_embedded_model_is_above_an_ellipse_on_images_unlike_its_own(
     assert evaluate(sam, images, "point", crop=crops[1]).miou >= clicks
 
 
-@pytest.mark.parametrize("domain", SHIFTED)
-def test_the_shift_of_a_domain_costs_the_unadapted_model_eight_points(sam: Sam, domain: str) -> None:
-    shifted, clean = (evaluate(sam, load_domain(d).split("test"), "box").miou for d in (domain, "clean"))
-    assert shifted <= clean - 0.08
+def test_the_shift_of_each_domain_costs_the_unadapted_model_eight_points(sam: Sam) -> None:
+    clean, *shifted = (evaluate(sam, load_domain(d).split("test"), "box").miou for d in ("clean", *SHIFTED))
+    assert max(shifted) <= clean - 0.08
 
 
-@pytest.mark.parametrize("domain", SHIFTED)
-def test_supervised_adaptation_wins_four_points_back(sam: Sam, domain: str) -> None:
-    assert gains(sam, domain, "supervised", seeds=1)[0] >= 0.04
-
-
-@pytest.mark.parametrize("domain", [d for d in SHIFTED if d != "camouflaged"])
-def test_weak_labels_win_a_point(sam: Sam, domain: str) -> None:
-    assert gains(sam, domain, "wesam", seeds=1)[0] >= 0.01
+@pytest.mark.parametrize("domain", ["corrupted", "cluttered"])
+def test_weak_labels_win_points_and_masks_more(sam: Sam, domain: str) -> None:
+    """``wesam compare --seeds 3`` tells it of all domains."""
+    found = compare(sam, load_domain(domain), {m: method_preset("nano", m) for m in ("wesam", "supervised")}, [0])
+    assert found["wesam"] >= found["direct"] + 0.03
+    assert found["supervised"] >= found["direct"] + 0.06
 
 
 def test_weak_labels_win_more_than_the_spread_over_seeds(sam: Sam) -> None:
-    """Where they win least; ``wesam compare --seeds 3`` tells it of all."""
-    found = gains(sam, "camouflaged", "wesam", seeds=3)
-    assert statistics.mean(found) > statistics.stdev(found), found
+    """Where they win least."""
+    found = compare(sam, load_domain("camouflaged"), {"wesam": method_preset("nano", "wesam")}, range(3))
+    assert found["wesam"] - found["direct"] > found["wesam_sd"], found
