@@ -94,7 +94,7 @@ STYLES: dict[str, Style] = {
     "camouflaged": replace(
         _MEDIUM, cues=0.3, crowd=0.6, fade=1.0, families=("blob", "creature", "cloud", "polygon")
     ),
-    "cluttered": replace(_MEDIUM, crowd=0.7, fence=0.3),
+    "cluttered": replace(_MEDIUM, crowd=0.7, fence=0.35),
 }  # fmt: skip
 
 
