@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tuning.plan import Plan
-from tuning.sampler import Point, ask, decoded, distributions, encoded, startup
+from tuning.sampler import Point, ask, decoded, frozen, startup
 
 MOVED = 0.3
 """The share of the hyperparameters in which a trial near the best one differs from it."""
@@ -53,16 +53,12 @@ def propose(study: optuna.Study, plan: Plan, number: int) -> tuple[Running, Poin
         for key, value in attrs.items():
             trial.set_user_attr(key, value)
         return Running(study, trial._trial_id, trial.number), ask(trial, plan.space), trial.user_attrs
-    found = near(known, plan, number)
     draft = _Draft(study, known)
-    point = found or ask(draft.ask(), plan.space)
-    trial_id = study._storage.create_new_trial(
-        study._study_id,
-        template_trial=create_trial(
-            state=TrialState.RUNNING, params=encoded(plan.space, point),
-            distributions=distributions(plan.space, point), user_attrs=attrs, system_attrs=draft.trial.system_attrs,
-        ),
-    )  # fmt: skip
+    point = near(known, plan, number) or ask(draft.ask(), plan.space)
+    written = frozen(
+        plan.space, point, state=TrialState.RUNNING, user_attrs=attrs, system_attrs=draft.trial.system_attrs
+    )
+    trial_id = study._storage.create_new_trial(study._study_id, template_trial=written)
     return Running(study, trial_id, study._storage.get_trial_number_from_id(trial_id)), point, attrs
 
 

@@ -197,12 +197,7 @@ def catch_up(study: optuna.Study, plan: Plan, done: Iterable[Trial], unfinished:
         if trial.number not in numbers and trial.point and trial.ended != "diverged":
             values = [trial.best, *(trial.metrics[COST_METRICS[c]] for c in plan.minimize)]
             attrs = {"study": plan.name, "number": trial.number}
-            study.add_trial(
-                create_trial(
-                    state=TrialState.COMPLETE, values=values, params=encoded(plan.space, trial.point),
-                    distributions=distributions(plan.space, trial.point), user_attrs=attrs,
-                )
-            )  # fmt: skip
+            study.add_trial(frozen(plan.space, trial.point, state=TrialState.COMPLETE, values=values, user_attrs=attrs))
 
 
 def ended(study: optuna.Study, plan: Plan) -> dict[int, FrozenTrial]:
@@ -224,6 +219,11 @@ def encoded(space: Space, point: Mapping[str, Value]) -> Params:
 def decoded(space: Space, params: Params) -> Point:
     """The point that :func:`encoded` wrote."""
     return ask(FixedTrial(params), space)
+
+
+def frozen(space: Space, point: Mapping[str, Value], **given: Any) -> FrozenTrial:
+    """A trial of this point as Optuna has it; given: what else :func:`optuna.trial.create_trial` takes."""
+    return create_trial(params=encoded(space, point), distributions=distributions(space, point), **given)
 
 
 def distributions(space: Space, point: Mapping[str, Value]) -> dict[str, BaseDistribution]:

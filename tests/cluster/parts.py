@@ -140,8 +140,8 @@ class Nodes:
 
     def take(self, worker: psutil.Process, seconds: int) -> None:
         """Gives the node of a worker so long, as when a spot machine is taken away; then kills it."""
-        node, ray = self._node(worker), Path(sys.executable).parent
-        env = {**os.environ, "RAY_ADDRESS": self.cluster.address, "PATH": f"{ray}:{os.environ['PATH']}"}
+        node, programs = self._node(worker), Path(sys.executable).parent
+        env = {**os.environ, "RAY_ADDRESS": self.cluster.address, "PATH": f"{programs}:{os.environ['PATH']}"}
         leave = [ROOT / "cluster/leave.sh", str(seconds), node.node_id]
         done = subprocess.run(leave, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert done.returncode == 0, done.stdout
