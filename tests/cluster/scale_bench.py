@@ -59,13 +59,13 @@ DIRECT = Scores(10, 50, 0.5, 0.6, 0.5, 0.0)
 LOSSES = ("focal", "dice", "iou", "anchor", "contrastive", "total")
 
 
-def stand_in(sleep: float) -> Callable[[dict[str, Any]], None]:
-    """A trainable that sleeps so many seconds before each of its reports.
+def stand_in(sleep: float, every: int = EVERY) -> Callable[[dict[str, Any]], None]:
+    """A trainable that sleeps so many seconds before each of its reports; every: steps between two of them.
 
     It is made here so that Ray pickles it by value: workers import neither this module nor torch.
     """
     files = {CONFIG_FILE: b"{}", WEIGHTS_FILE: tensors({"a": torch.zeros(100)}), STATE_FILE: bytes(1000)}
-    metric, progress, losses, steps, every = METRIC, PROGRESS_FILE, LOSSES, STEPS, EVERY
+    metric, progress, losses, steps = METRIC, PROGRESS_FILE, LOSSES, STEPS
     digests = {DIGESTS: {name: hashlib.blake2b(contents).hexdigest() for name, contents in files.items()}}
 
     def one_worker(trial: dict[str, Any]) -> None:
@@ -198,14 +198,16 @@ class Measured:
         return held / whole, slept / whole
 
 
-def measure(folder: Path, trials: int, slots: int, sleep: float, uri: str | None = None, **settings: Any) -> Measured:
+def measure(
+    folder: Path, trials: int, slots: int, sleep: float, uri: str | None = None, every: int = EVERY, **settings: Any
+) -> Measured:
     """Runs such a study on the Ray that has been started; what it writes, its lines too, is in the folder.
 
     uri: of the MLflow that takes its records; by default a database in the folder.
     """
     name = f"s-{time.time_ns()}" if uri else "s"
     given = {"name": name, "domains": [DOMAIN], "trials": trials, "steps": STEPS, "seeds": 0, "storage": str(folder)}
-    plan = make_plan({**given, **settings}, [f"eval_every={EVERY}"])
+    plan = make_plan({**given, **settings}, [f"eval_every={every}"])
     tracker = Tracker(uri or f"sqlite:///{folder / 'mlflow.db'}")
     run = tracker.start(plan.name, "study", None, study_tags(plan))
     board = Meter(tracker)
@@ -215,7 +217,7 @@ def measure(folder: Path, trials: int, slots: int, sleep: float, uri: str | None
     (target,) = search._targets
     target.found = {"direct_val": DIRECT}
     began = time.monotonic()
-    with (folder / "lines").open("w") as lines, contextlib.redirect_stdout(lines), _trained_by(stand_in(sleep)):
+    with (folder / "lines").open("w") as lines, contextlib.redirect_stdout(lines), _trained_by(stand_in(sleep, every)):
         search._search(target.open())
     flushed = time.monotonic() - board.marks[-1].wall
     tracker.close()
@@ -275,6 +277,7 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=0, help="simulated nodes; 0: one node with all slots")
     parser.add_argument("--slots", type=int, default=16, help="trials at once, spread evenly over the nodes")
     parser.add_argument("--sleep", type=float, default=0.1, help="seconds before each report")
+    parser.add_argument("--every", type=int, default=EVERY, help=f"steps between two reports, of {STEPS} in a trial")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scheduler", default="asha")
     parser.add_argument("--sampler", default="tpe")
@@ -291,7 +294,7 @@ def main() -> None:
         print(f"{args.nodes or 1} nodes up after {time.monotonic() - began:.1f} s", flush=True)
         settings = {"seed": args.seed, "scheduler": args.scheduler, "sampler": args.sampler}
         print("  ".join([f"{'n':>6}", *(f"{c:>15}" for c in COLUMNS)]), flush=True)
-        show(measure(folder, args.trials, slots, args.sleep, args.tracking_uri, **settings))
+        show(measure(folder, args.trials, slots, args.sleep, args.tracking_uri, args.every, **settings))
 
 
 if __name__ == "__main__":
