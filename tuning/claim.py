@@ -1,4 +1,4 @@
-"""A study is run by one process at a time: its run in MLflow says by which, and that it is alive."""
+"""A study, or a table, is run by one process at a time: its run in MLflow says by which, and that it is alive."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import psutil
 from mlflow.entities import Run as Stored
 from mlflow.exceptions import MlflowException
 
-from tuning.tracking import Run, Tracker
+from tuning.tracking import Level, Run, Tracker
 from wesam.errors import InputError
 
 TAG = "wesam.driver"
@@ -46,7 +46,9 @@ def refuse_second(tracker: Tracker, stored: Stored) -> None:
 
 
 @contextlib.contextmanager
-def held(tracker: Tracker, run: Run, name: str, before: Stored | None = None) -> Iterator[None]:
+def held(
+    tracker: Tracker, run: Run, name: str, before: Stored | None = None, *, level: Level = "study"
+) -> Iterator[None]:
     """Says in the study's run that this process runs it, until the end of the block.
 
     before: the run when :func:`refuse_second` has looked at it, if it is an earlier one.
@@ -84,7 +86,7 @@ def held(tracker: Tracker, run: Run, name: str, before: Stored | None = None) ->
         run.leave()
         raise _refusal(other, told)
     time.sleep(SETTLED)
-    for stored in tracker.find("study"):
+    for stored in tracker.find(level):
         if stored.info.run_id == run.id:
             told = json.loads(stored.data.tags[TAG])
             if told["token"] != mine["token"]:
@@ -109,7 +111,8 @@ def held(tracker: Tracker, run: Run, name: str, before: Stored | None = None) ->
 
 def _refusal(stored: Stored, told: dict[str, Any]) -> InputError:
     return InputError(
-        f"the study {stored.data.tags['wesam.name']!r} is running already, in process {told['pid']} on {told['host']}: "
+        f"the {stored.data.tags['wesam.level']} {stored.data.tags['wesam.name']!r} is running already, "
+        f"in process {told['pid']} on {told['host']}: "
         "wait for its end, or stop it and go on here"
     )
 

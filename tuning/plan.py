@@ -81,10 +81,11 @@ WORD = r"(?!\.*\Z)[\w.+-]{1,100}"
 _OPTIONS = ("prompt", "crop", "seed")
 """Fields of Config that are given as a study's own keys, not among its hyperparameters."""
 
-_BUDGET = (
+SHARED = (
     "prompt", "val_prompt", "crop", "seed", "steps", "eval_every", "max_instances", "optim.batch_size",
     "grid.points_per_side", "grid.predicted_iou", "grid.stability",
 )  # fmt: skip
+"""Fields of Config that are not a method's own: its data and its budget, the same for all that are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,13 +138,13 @@ class Plan:
         The reference ``paper`` shares nothing with the study but its budget: steps, batch, evaluations, seed.
         """
         if reference == "paper":
-            return preset("paper").replace({k: v for k, v in self.base.flat().items() if k in _BUDGET})
+            return preset("paper").replace({k: v for k, v in self.base.flat().items() if k in SHARED})
         return self.base.replace(point)
 
     def supervised(self) -> Config:
         """The upper reference: the model's defaults for training on real masks, with the study's budget."""
         return method_preset(self.model, "supervised").replace(
-            {k: v for k, v in self.base.flat().items() if k in _BUDGET}
+            {k: v for k, v in self.base.flat().items() if k in SHARED}
         )
 
     def aided(self) -> dict[str, Value] | None:

@@ -79,7 +79,7 @@ class Board:
         """A line that stays, under its domain's name if it has one."""
         label = f"{domain:<{self._width}}  " if domain else ""
         with self._lock:
-            line = f"{_clock(time.monotonic() - self._began)}  {label}{text}"
+            line = f"{clock(time.monotonic() - self._began)}  {label}{text}"
             if self._live:
                 self._live.console.print(line, markup=False, soft_wrap=True)
             else:
@@ -135,14 +135,14 @@ class Board:
         rows = self._domains.values()
         left = self._left()
         said = f"{sum(r.done for r in rows)} of {sum(r.trials for r in rows)} trials done"
-        said += f", about {_clock(left).strip()} left" if left else ""
+        said += f", about {clock(left).strip()} left" if left else ""
         running = [f"{d} {n} at step {s}" for d, r in self._domains.items() for n, s in sorted(r.running.items())]
         return said + (f"; running: {', '.join(running)}" if running else "")
 
     def _table(self) -> Table:
         left = self._left()
-        title = f"{_clock(time.monotonic() - self._began).strip()} gone"
-        title += f", about {_clock(left).strip()} left" if left else ""
+        title = f"{clock(time.monotonic() - self._began).strip()} gone"
+        title += f", about {clock(left).strip()} left" if left else ""
         table = Table(title=title, title_justify="left", title_style="bold")
         table.add_column("domain")
         for head in ("done", "running", "stopped early", "Direct", "paper's", "best so far", "gain"):
@@ -155,5 +155,6 @@ class Board:
         return table
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Minutes and seconds, as ``12:05``."""
     return f"{int(seconds) // 60:2d}:{int(seconds) % 60:02d}"

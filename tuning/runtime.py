@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import optuna
@@ -79,6 +82,24 @@ def _task_failed(self: RayActorManager, tracked_actor_task: Any, exception: Exce
     if isinstance(exception, RayError) and not isinstance(exception, RayActorError | RayTaskError):
         exception = RayActorError(error_msg=(str(exception).splitlines() or [type(exception).__name__])[0])
     _of_tune(self, tracked_actor_task, exception)
+
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """What is asked to end gets a KeyboardInterrupt, also by SIGTERM, for which Ray has set a handler of its own."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, interrupt) for s in STOPPING}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 def stop() -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
 from mlflow.entities import Run as Stored
@@ -32,7 +30,6 @@ from wesam.errors import InputError, unknown
 PLAN = "plan.json"
 """The study's artifact with all that resuming it needs."""
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
 GRACE = 10.0
 """Seconds that trials have to write a last checkpoint."""
 
@@ -158,7 +155,7 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
         if domain.left_out:
             board.say(f"{domain.name}: {len(domain.left_out)} wrong annotations are left out: wesam check lists them")
     searches = [DomainSearch(context, name, given, studies[name], before) for name, given in searched.items()]
-    with _stoppable(), held(tracker, run, plan.name, stored), board:
+    with runtime.stoppable(), held(tracker, run, plan.name, stored), board:
         run.attach(lambda: {PLAN: plan.to_json().encode()})
         leaving.take_back(plan.name)
         try:
@@ -169,7 +166,7 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
                 time.sleep(0.5)
         except KeyboardInterrupt:
             board.say("stopping; finished trials are kept")
-            for number in STOPPING:
+            for number in runtime.STOPPING:
                 signal.signal(number, signal.SIG_IGN)  # once is enough
             # in a thread: if Ray has been asked to end as well, it does not answer
             threading.Thread(target=leaving.tell, args=(plan.name,), daemon=True).start()
@@ -205,18 +202,3 @@ def _spent(tracker: Tracker, domains: Iterable[Stored]) -> float:
     """GPU hours of all trials until now."""
     runs = [r for d in domains for r in tracker.find("trial", parent=d.info.run_id)]
     return sum(r.data.metrics.get("gpu_hours", 0.0) for r in runs)
-
-
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """What is asked to end gets a KeyboardInterrupt, also by SIGTERM, for which Ray has set a handler of its own."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {s: signal.signal(s, interrupt) for s in STOPPING}
-    try:
-        yield
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)

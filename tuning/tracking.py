@@ -37,7 +37,8 @@ from wesam.errors import InputError
 
 T = TypeVar("T")
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-Level = Literal["study", "domain", "trial"]
+Level = Literal["study", "domain", "trial", "table", "row", "cell"]
+"""Of a study, domains and trials; of a table, its rows (each on a domain, with a kind of prompt) and their cells."""
 
 EXPERIMENT = "wesam"
 """What the experiments' names begin with, ``wesam/STUDY``; one of this very name has studies of earlier versions."""

@@ -4,17 +4,81 @@ from __future__ import annotations
 
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from segment_anything.modeling import Sam
 
-from wesam.adapt import Best, adapt, checked, keep_best
+from wesam.adapt import Best, Report, adapt, checked, keep_best
 from wesam.adapters import AdaptedSam
 from wesam.config import Config, PromptKind
 from wesam.data.domain import Domain
 from wesam.evaluate import Scores, baseline, evaluate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What one configuration, trained once, has come to."""
+
+    best: Best
+    """The checkpoint that is best on val."""
+    test: dict[PromptKind, Scores]
+    """Its scores on test, by the kind that test is prompted with."""
+    after: dict[int, Scores]
+    """Scores on test of the model as it was after so many steps, whatever val said; prompted as val was."""
+    curve: dict[int, Scores]
+    """Step -> scores on val."""
+    parameters: int
+    """How many are trained."""
+    seconds: float | None
+    """Median of a step, without evaluations; None if there was none."""
+    diverged: bool
+    """Whether it ended before its last step, at a loss that was not finite."""
+
+
+def train_once(
+    sam: Sam, domain: Domain, config: Config, kinds: Iterable[PromptKind], *,
+    val: Scores | None = None, after: Collection[int] = (), forgiving: bool = False,
+) -> Trained:  # fmt: skip
+    """Trains one configuration; test is scored with these kinds of prompts, and chooses nothing.
+
+    val: the unadapted model's scores on val, if known. after: steps after which the model meets test as it then is.
+    forgiving: a run that diverges counts with what it had reached; else it raises FloatingPointError.
+    """
+    test = domain.split("test")
+    later: dict[int, Scores] = {}
+    curve: dict[int, Scores] = {}
+    seconds: list[float] = []
+    parameters, diverged = 0, False
+
+    def reports() -> Iterator[Report]:
+        nonlocal diverged
+        try:
+            yield from adapt(sam, domain, config, direct=val)
+        except FloatingPointError:
+            if not forgiving:
+                raise
+            diverged = True
+
+    def watch(report: Report, better: bool) -> None:
+        nonlocal parameters
+        parameters = sum(p.numel() for p in report.model.trainable())
+        if report.step:
+            seconds.append(report.seconds)
+        if report.val is not None:
+            curve[report.step] = report.val
+        if report.step in after:
+            later[report.step] = evaluate(report.model, test, config.scored_with)
+
+    with tempfile.TemporaryDirectory() as folder:
+        best = keep_best(reports(), Path(folder), watch=watch)
+        model = AdaptedSam.load(sam, Path(folder))
+    return Trained(
+        best=best, test={k: evaluate(model, test, k) for k in kinds}, after=later, curve=curve, parameters=parameters,
+        seconds=statistics.median(seconds) if seconds else None, diverged=diverged,
+    )  # fmt: skip
 
 
 def compare(
@@ -46,8 +110,9 @@ def compare(
     for name, config in configs.items():
         found: list[float] = []
         for seed in seeds:
-            model, best = _adapted(sam, domain, config.replace({"seed": seed}), val)
-            found.append(evaluate(model, test, prompt).objective)
+            trained = train_once(sam, domain, config.replace({"seed": seed}), [prompt], val=val)
+            found.append(trained.test[prompt].objective)
+            best = trained.best
             watch(f"{name} seed {seed}: test mIoU {found[-1]:.3f} (val {best.val.objective:.3f} at step {best.step})")
         row |= _summary(name, found)
     if {"wesam", "supervised"} <= row.keys() and row["supervised"] > direct:
@@ -84,11 +149,11 @@ def cross(
         val = evaluate(sam, domain.split("val"), config.scored_with, crop=crop)
         found: dict[PromptKind, list[float]] = {k: [] for k in asked}
         for seed in seeds:
-            model, best = _adapted(sam, domain, config.replace({"seed": seed}), val)
-            for kind in asked:
-                found[kind].append(evaluate(model, test, kind).objective)
+            once = train_once(sam, domain, config.replace({"seed": seed}), asked, val=val)
+            for kind, scores_with in once.test.items():
+                found[kind].append(scores_with.objective)
             said = _said({str(k): v[-1] for k, v in found.items()}, asked)
-            watch(f"trained with {trained}, seed {seed}: test {said} (best at step {best.step})")
+            watch(f"trained with {trained}, seed {seed}: test {said} (best at step {once.best.step})")
         row: dict[str, Any] = {"trained_with": trained, "score": score}
         for name, values in found.items():
             row |= _summary(name, values)
@@ -104,10 +169,3 @@ def _summary(name: str, values: list[float]) -> dict[str, Any]:
 
 def _said(row: Mapping[str, Any], kinds: Iterable[str]) -> str:
     return "  ".join(f"{k} {row[k]:.3f}" for k in kinds)
-
-
-def _adapted(sam: Sam, domain: Domain, config: Config, val: Scores) -> tuple[AdaptedSam, Best]:
-    """The best checkpoint of an adaptation; val: the unadapted model's scores."""
-    with tempfile.TemporaryDirectory() as folder:
-        best = keep_best(adapt(sam, domain, config, direct=val), Path(folder))
-        return AdaptedSam.load(sam, Path(folder)), best

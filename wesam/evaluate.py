@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from segment_anything.modeling import Sam
@@ -15,6 +15,7 @@ from torch import Tensor
 from wesam.config import Objective, PromptKind
 from wesam.crops import cut, windows
 from wesam.data.domain import Sample
+from wesam.drawings import Drawing, draw
 from wesam.errors import InputError
 from wesam.prompts import Prompts, tight_boxes
 from wesam.sam.promptable import CHUNK, decode, encode, resize, upscale
@@ -283,13 +284,12 @@ def _label_free(model: Sam | HasSam, image: Tensor, given: Prompts, crop: float)
     return masks, label_free(masks, given, flip(mirrored, True, False), looser)
 
 
-def baseline(kind: Literal["box", "ellipse"], split: Sequence[Sample]) -> Scores:
-    """What needs no model: the given box filled, or the ellipse inscribed in it."""
+def baseline(kind: Drawing, split: Sequence[Sample], prompt: PromptKind = "box") -> Scores:
+    """What needs no model, drawn from weak labels of a kind that it can be drawn from."""
     out = []
     for i in range(len(split)):
         masks = split[i].masks
-        boxes = tight_boxes(masks)
-        drawn = torch.stack([_draw(kind, b, masks.shape[1], masks.shape[2]) for b in boxes])
+        drawn = draw(kind, split[i].weak_labels(prompt), (masks.shape[1], masks.shape[2]))
         out.append(_against(drawn, masks))
     return Scores.of(out)
 
@@ -307,10 +307,3 @@ def _collapsed(masks: Tensor, prompts: Prompts, crop: float) -> Tensor:
         seen = windows(prompts, size, crop)
         shown = (seen[:, 2:] - seen[:, :2]).prod(1).double()
     return ((area == 0) | (area >= NEARLY_ALL * shown)).double()
-
-
-def _draw(kind: Literal["box", "ellipse"], box: Tensor, height: int, width: int) -> Tensor:
-    centre, radius = (box[:2] + box[2:]) / 2, ((box[2:] - box[:2]) / 2).clamp(min=0.5)
-    x = ((torch.arange(width) + 0.5 - centre[0]) / radius[0])[None, :]
-    y = ((torch.arange(height) + 0.5 - centre[1]) / radius[1])[:, None]
-    return (x.abs() <= 1) & (y.abs() <= 1) if kind == "box" else x**2 + y**2 <= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -134,6 +135,11 @@ class Domain:
         """The images of ``train``, ``val`` or ``test``."""
         return self.splits[name]
 
+    def shared(self, one: str, other: str) -> list[tuple[str, str]]:
+        """The keys of the images that two splits have in common, pixel by pixel; reads all of both."""
+        mine = {_pixels(s): s.key for s in self.split(one)}
+        return [(mine[found], s.key) for s in self.split(other) if (found := _pixels(s)) in mine]
+
     def check(self, config: Config) -> None:
         """Raises InputError if it lacks the labels that this configuration trains on or is scored with."""
         if config.prompt != "grid":
@@ -143,6 +149,11 @@ class Domain:
     def vanished(self, config: Config, side: int) -> int:
         """How many training instances a model of this input side is not trained on, since it could not see them."""
         return 0 if config.crop or config.prompt == "grid" else self.split("train").small(side)
+
+
+def _pixels(sample: Sample) -> bytes:
+    """A digest of the image's size and pixels."""
+    return hashlib.blake2b(sample.image.contiguous().numpy().tobytes() + repr(sample.image.shape).encode()).digest()
 
 
 class Unusable(InputError):

@@ -118,6 +118,11 @@ def load_sam(model: str = "nano") -> Sam:
     return sam.eval().requires_grad_(False)
 
 
+def weights_digest(model: str) -> str:
+    """The SHA-256 of the weights that :func:`load_sam` reads for this model, hexadecimal."""
+    return checkpoints.sha256(_find(model)[1])
+
+
 def write_weights(sam: Sam, path: Path) -> None:
     """Writes the weights of a plain SAM, so that :func:`load_sam` reads them again by this path.
 
