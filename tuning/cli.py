@@ -1,4 +1,4 @@
-"""The command ``python -m tuning``: run, resume, best, report."""
+"""The command ``python -m tuning``: run, resume, best, report, table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from tuning import DEFAULT_URI, URI_VARIABLE
+from tuning import DEFAULT_URI, URI_VARIABLE, table_cli
 from tuning.plan import BUDGET, COLUMNS, DEMO, KEYS, Lines, check, in_file, make_plan, read_study, shown
 from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, guarded, json_file, program, table, write_json
 from wesam.errors import InputError, at
@@ -118,6 +118,8 @@ def _parser() -> Parser:
     p = command("report", _report, "Write a study's report: one HTML page, and its table as Markdown.")
     p.add_argument("name", metavar="NAME", help="the study's name")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the report")
+
+    table_cli.add_options(command("table", table_cli.run, table_cli.TEXT))
     return parser
 
 

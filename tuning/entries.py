@@ -24,6 +24,8 @@ class Cell:
     params: Mapping[str, str]
     tags: Mapping[str, str]
     metrics: Mapping[str, float]
+    ended: float = 0.0
+    """When, in seconds since 1970."""
 
 
 Cells = Mapping[tuple[str, str, str], Sequence[Cell]]
@@ -40,7 +42,7 @@ def check_disjoint(domains: Iterable[Domain]) -> list[str]:
     return out
 
 
-def check_runs(plan: Plan, wanted: Sequence[Group], cells: Cells) -> list[str]:
+def check_cells(plan: Plan, wanted: Sequence[Group], cells: Cells) -> list[str]:
     """A line for each cell for which the table must not be made: what it was chosen on, or its budget, is another's."""
     out = []
     seeds = list(range(1, plan.seeds + 1))

@@ -148,13 +148,19 @@ def worker_resources(gpus: float = 1.0) -> dict[str, float]:
 
 def slots(workers: int, gpus: float = 1.0) -> int:
     """How many trials of this many workers the cluster runs at once; raises InputError if not even one."""
-    total = _cluster()
     need = worker_resources(gpus)
-    count = min(int(total.get(k, 0) / (v * workers) + 1e-9) for k, v in need.items())
+    count = room({k: v * workers for k, v in need.items()})
     if count < 1:
+        total = _cluster()
         have = ", ".join(f"{int(total.get(k, 0))} {k}" for k in need)
         raise InputError(f"a trial of {workers} workers does not fit on this cluster ({have}): use fewer --workers")
     return count
+
+
+def room(need: Mapping[str, float]) -> int:
+    """How often the cluster has these resources."""
+    total = _cluster()
+    return min(int(total.get(k, 0) / v + 1e-9) for k, v in need.items())
 
 
 def _cluster() -> dict[str, float]:

@@ -249,7 +249,8 @@ def groups(plan: Plan) -> list[Group]:
         Group(
             row=row, given=given, domain=load_domain(given).name, prompt=prompt, config=plan.config(row, prompt),
             tests=plan.prompts if plan.kind == "cross" else (scored(plan, prompt),),
-            after=_ends(plan) if row.method else (), cost=plan.kind == "modules" and bool(row.method),
+            after=_ends(plan) if row.method else (),
+            cost=plan.kind == "modules" and bool(row.method) and prompt == plan.prompts[0],
         )
         for given in plan.domains
         for prompt in dict.fromkeys(p for row in rows(plan) for p in row.prompts)
