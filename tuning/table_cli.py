@@ -86,7 +86,8 @@ def run(args: argparse.Namespace) -> None:
         )  # fmt: skip
     finally:
         tracker.close()
-        runtime.stop()
+        if not args.no_run:
+            runtime.stop()
     page = table_page.markdown(plan, cells)
     files: dict[str, Any] = {
         f"{plan.kind}.md": page,

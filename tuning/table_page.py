@@ -25,10 +25,10 @@ CAPTIONS: dict[Kind, str] = {
 }
 
 ABOUT: dict[Kind, str] = {
-    "methods": "Every method adapts the same model to the same images with the same weak labels, in as many steps on as "
-    "many images. The first rows need no model: they are drawn from the weak labels alone. Direct is the model as it "
-    "is. Supervised learns from the true masks and shows what could be won. In brackets: the share of the gap between "
-    "Direct and Supervised that a method closes.",
+    "methods": "Every method adapts the same model to the same images with the same weak labels, in as many steps "
+    "of as many images. The first rows need no model: they are drawn from the weak labels alone. Direct is the model "
+    "as it is. Supervised learns from the true masks and shows what could be won. In brackets: the share of the gap "
+    "between Direct and Supervised that a method closes.",
     "losses": "Self-training takes the model's own masks as its targets; the anchor loss holds it to the unadapted "
     "model, the contrastive loss does so feature by feature. Each row has those that it names, with each kind of weak "
     "label and, as grid, with no labels at all but the clicks that the model itself is sure of (scored with {grid} "

@@ -25,7 +25,7 @@ import requests
 from pycocotools import mask as rle
 from ray.tune.execution import class_cache
 
-from tuning import registry, report, tracking
+from tuning import registry, report, runtime, tracking
 from tuning.cli import main, summary
 from tuning.listener import CHECKPOINT
 from tuning.plan import Plan, make_plan
@@ -373,3 +373,61 @@ def test_a_joint_study_has_one_configuration_and_an_adapter_for_each_domain(
         val = tracker.at(row["best_run"], f"val_miou.{row['domain']}", at)
         assert evaluate(model, domain.split("val"), "box").miou == pytest.approx(val, abs=1e-4)
     assert [where for where, _ in best_of("s", tracker)] == ["s/joint"]
+
+
+@on_ray
+def test_a_table_is_made_only_from_runs_that_are_all_there(
+    small: Path, tmp_path: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runtime, "stop", lambda: None)  # the next test has the same Ray
+    out = tmp_path / "out"
+    make = ["table", "methods", "--domains", str(small), "--prompts", "box", "--seeds", "1", "--steps", "2"]
+    make += ["--methods", "wesam", "supervised", "--set", "optim.batch_size=1", "lora.rank=1", "max_instances=2"]
+    make += ["--tracking-uri", tracker.uri, "--out", str(out)]
+
+    def found() -> dict[str, tuple[str, str, int]]:
+        return {
+            f"{level} {r.info.run_name}": (r.info.run_id, r.info.status, r.info.end_time)
+            for level in ("table", "row", "cell")
+            for r in tracker.find(level)  # type: ignore[arg-type]
+        }
+
+    assert main(make) == 0
+    said = capsys.readouterr().out
+    assert "5 of 5 done" in said
+    assert "| ellipse in the box |" in said
+    assert {f.name for f in out.iterdir()} == {"methods.md", "methods.tex", "methods.json"}
+    first = found()
+    assert len(first) == 1 + 5 + 5
+    assert {status for _, status, _ in first.values()} == {"FINISHED"}
+    assert mlflow.active_run() is None
+    cell = tracker.run(first["cell wesam-small-box seed 1"][0])
+    assert cell.data.tags[tracking.PARENT] == first["row wesam-small-box"][0]
+    assert (cell.data.tags["chosen_on"], cell.data.tags["data"]) == ("val", load_domain(str(small)).digest)
+    assert (cell.data.params["steps"], cell.data.params["seed"]) == ("2", "1")
+    entries = json.loads((out / "methods.json").read_text())["domains"]["small"]
+    assert entries[-2]["entries"]["box"]["values"] == [cell.data.metrics["test_miou.box"]]
+
+    assert main(make) == 0
+    assert main([*make, "--no-run"]) == 0
+    assert found() == first, "what is finished is left as it is"
+    capsys.readouterr()
+
+    def refused(*more: str) -> str:
+        assert main([*make, "--no-run", *more]) == 2
+        told = capsys.readouterr().err
+        assert told.count("\n") == told.count("error: ")
+        return told
+
+    assert "wesam-small-box seed 1: its run has another steps" in refused("--steps", "3")
+    tracker.client.delete_run(first["cell supervised-small-box seed 1"][0])
+    assert refused() == "error: supervised-small-box seed 1: its run is missing\n"
+    tracker.client.set_tag(cell.info.run_id, "chosen_on", "test")
+    tracker.client.update_run(first["cell direct-small-box"][0], "RUNNING")
+    assert "direct-small-box: its run has not come to its end: RUNNING" in refused()
+
+    assert main(make) == 2, "a driver that was killed left it running"
+    again = tracker.find("cell")
+    assert [r.info.status for r in again if r.info.run_name == "direct-small-box"] == ["FAILED", "FINISHED"]
+    assert len(again) == 5 + 1
+    assert "wesam-small-box seed 1: it was chosen on test, not on val" in capsys.readouterr().err

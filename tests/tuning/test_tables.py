@@ -1,0 +1,258 @@
+"""The tables as data, their checks and their texts, from made-up runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tuning import table_page, tables
+from tuning.cells import Wanted, work
+from tuning.entries import Cell, blocks, check_cells, check_disjoint
+from tuning.tables import Group, Plan, groups, make_plan, rows
+from wesam.data import Domain, Split, load_domain
+from wesam.errors import InputError
+
+DOMAINS = ("camouflaged", "medical")
+
+
+def cell(group: Group, seed: int, **metrics: float) -> Cell:
+    trained = bool(group.row.method)
+    tags = {
+        "chosen_on": "val" if trained else "nothing", "trials": str(int(trained)), "weights": "w" * 64,
+        "data": f"digest of {group.domain}", "mlflow.source.git.commit": "abc", "hardware": "a CPU, 2 cores",
+        "memory": "reckoned",
+    }  # fmt: skip
+    params = {k: str(v) for k, v in group.config.flat().items()}
+    return Cell(
+        name=f"{group.name} seed {seed}", key=group.key, seed=seed, trained=trained, run_id=f"{group.name}-{seed}",
+        params=params, tags=tags, metrics=metrics, ended=1.8e9,
+    )  # fmt: skip
+
+
+def done(plan: Plan, value: Callable[[Group, str, int], float]) -> dict[tuple[str, str, str], list[Cell]]:
+    """The cells of a table; value: of a metric of a group with a seed."""
+    out = {}
+    for g in groups(plan):
+        seeds = range(1, plan.seeds + 1) if g.row.method else [0]
+        names = [f"test_miou.{k}" for k in g.tests] + [f"test_miou.after_{n}" for n in g.after]
+        names += ["parameters", "peak_gib", "seconds_per_step"] if g.cost else []
+        out[g.key] = [cell(g, s, **{n: value(g, n, s) for n in names}) for s in seeds]
+    return out
+
+
+SCORES = {"direct": 0.6, "wesam": 0.65, "supervised": 0.7}
+
+
+def made(group: Group, metric: str, seed: int) -> float:
+    return SCORES.get(group.row.key, 0.5) + 0.01 * (seed - 2) * bool(seed)
+
+
+def test_the_methods_share_data_and_budget_and_drawings_are_made_where_they_can_be() -> None:
+    plan = make_plan("methods", DOMAINS, steps=7)
+    keys = {row.key: row.prompts for row in rows(plan)}
+    assert keys["drawn-box"] == keys["drawn-ellipse"] == ("box",)
+    assert (keys["drawn-voronoi"], keys["drawn-polygon"]) == (("point",), ("coarse",))
+    assert list(keys)[4:7] == ["direct", "wesam", "supervised"]
+    found = groups(plan)
+    assert len({g.key for g in found}) == len(found) == 2 * (4 + 3 * len(list(keys)[4:]))
+    trained = [g.config.flat() for g in found if g.row.method]
+    for path in ("steps", "optim.batch_size", "eval_every", "max_instances", "seed"):
+        assert len({c[path] for c in trained}) == 1, path
+    assert trained[0]["steps"] == 7
+    assert {c["lora.targets"] for c in trained} == {"encoder", "encoder+decoder"}, "all else is the method's own"
+
+
+def test_mean_spread_marks_and_share() -> None:
+    plan = make_plan("methods", ["camouflaged"], prompts=["box"], methods=["wesam", "supervised"])
+    (block,) = blocks(plan, done(plan, made))
+    (wesam,), (direct,) = block.of("wesam"), block.of("direct")
+    assert wesam
+    assert direct
+    assert (wesam.mean, wesam.spread) == (pytest.approx(0.65), pytest.approx(0.01))
+    assert wesam.share == pytest.approx(0.5)
+    assert (direct.spread, direct.share) == (None, None)
+    names = {block.rows[i].key: mark for (i, _), mark in block.marks().items()}
+    assert names == {"wesam": "best", "direct": "second"}, "Supervised learns from masks"
+    page = table_page.markdown(plan, done(plan, made))
+    assert "| WeSAM | **0.650 ± 0.010** (50 %) |" in page
+    assert "| Direct | _0.600_ |" in page
+    assert "python -m tuning table methods --domains camouflaged" in page
+    for known in ("abc", "digest of camouf", "a CPU, 2 cores", "2027-01-15", "seeds: 1, 2, 3", "w" * 12):
+        assert known in page
+
+
+@pytest.mark.parametrize(
+    ("score", "said"),
+    [
+        (0.57, "camouflaged, box: WeSAM is 3.0 points below Direct (0.570 against 0.600): it does harm here."),
+        (0.595, "WeSAM is 0.5 points below Direct, less than its spread over the seeds (1.0): it may be luck."),
+        (0.605, "WeSAM is 0.5 points above Direct, less than its spread over the seeds (1.0): it may be luck."),
+        (0.65, None),
+    ],
+)
+def test_what_is_not_above_direct_is_said_in_words(score: float, said: str | None) -> None:
+    plan = make_plan("methods", ["camouflaged"], prompts=["box"], methods=["wesam"])
+    cells = done(plan, lambda g, m, s: score + 0.01 * (s - 2) if g.row.method else 0.6)
+    page = table_page.markdown(plan, cells)
+    assert "WeSAM is" not in page if said is None else said in page
+    assert "Supervised is not among the methods" in page
+
+
+def test_one_seed_has_no_spread_and_no_gap_is_said_to_be_none() -> None:
+    plan = make_plan("methods", ["camouflaged"], prompts=["box"], methods=["wesam", "supervised"], seeds=1)
+    page = table_page.markdown(plan, done(plan, lambda g, m, s: 0.6))
+    assert "One seed each: no spread is known" in page
+    assert "Supervised is not above Direct" in page
+    assert "±" not in page
+
+
+def test_latex_and_data() -> None:
+    plan = make_plan("methods", DOMAINS, prompts=["box"], methods=["wesam", "supervised"])
+    cells = done(plan, made)
+    text = table_page.latex(plan, cells)
+    assert r"WeSAM & \textbf{0.650} {\scriptsize$\pm$0.010} (50\,\%) \\" in text
+    assert r"Direct & \underline{0.600} \\" in text
+    assert text.count(r"\midrule") == 2
+    assert r"\toprule" in text
+    assert text.count("{") == text.count("}")
+    assert table_page.escaped("a_b & 50 %") == r"a\_b \& 50 \%"
+    found = json.loads(json.dumps(table_page.data(plan, cells)))
+    entry = next(r for r in found["domains"]["medical"] if r["row"] == "wesam")["entries"]["box"]
+    assert entry["values"] == pytest.approx([0.64, 0.65, 0.66])
+    assert (entry["mark"], entry["sd"]) == ("best", pytest.approx(0.01))
+    assert len(found["cells"]) == sum(len(c) for c in cells.values())
+
+
+def test_losses_are_switched_off_one_by_one_with_and_without_labels() -> None:
+    plan = make_plan("losses", ["camouflaged"], prompts=["box"], fixed=["val_prompt=point"])
+    found = {g.key: g for g in groups(plan)}
+    weights = {k: [found[k, "camouflaged", "box"].config.flat()[f"loss.{n}"] for n in ("anchor", "contrastive")]
+               for k in ("self", "self-anchor", "self-contrastive", "all")}  # fmt: skip
+    assert [[bool(w) for w in pair] for pair in weights.values()] == [
+        [False, False], [True, False], [False, True], [True, True],
+    ]  # fmt: skip
+    assert found["all", "camouflaged", "grid"].tests == ("point",)
+    page = table_page.markdown(plan, done(plan, lambda g, m, s: 0.7 if g.row.key == "all" else 0.65))
+    assert "| | box | grid |" in page.replace("|  |", "| |")
+    assert "all three is 5.0 points above self-training alone" in page
+    assert "+ anchor is 0.0 points above self-training alone" in page
+
+
+def test_cross_has_every_prompt_at_test_for_every_one_in_training() -> None:
+    plan = make_plan("cross", ["camouflaged"], prompts=["box", "point"])
+    assert {g.tests for g in groups(plan)} == {("box", "point")}
+    (block,) = blocks(plan, done(plan, lambda g, m, s: 0.6 + 0.1 * (g.prompt in m)))
+    assert [[e and round(e.mean, 3) for e in line] for line in block.entries] == [[0.7, 0.6], [0.7, 0.6], [0.6, 0.7]]
+
+
+def test_modules_have_costs_beside_their_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables, "MODULES", [{"lora.targets": "qkv"}, {"lora.targets": "encoder"}])
+    plan = make_plan("modules", ["camouflaged"], prompts=["box", "point"])
+    page = table_page.markdown(plan, done(plan, lambda g, m, s: 123456 if m == "parameters" else 0.6))
+    assert "| lora.targets = qkv | **0.600 ± 0.000** | **0.600 ± 0.000** | 123,456 | 0.60 | 0.600 ± 0.000 |" in page
+    assert "(reckoned)" in page
+
+
+def test_long_says_whether_self_training_decays_and_whether_the_anchor_holds_it() -> None:
+    plan = make_plan("long", ["camouflaged"], prompts=["box"], steps=6)
+    assert {g.config.steps for g in groups(plan)} == {60}
+    assert {g.after for g in groups(plan) if g.row.method} == {(6, 60)}
+
+    def value(g: Group, metric: str, seed: int) -> float:
+        return 0.5 if metric.endswith("_60") and g.row.key == "without-anchor" else 0.65
+
+    page = table_page.markdown(plan, done(plan, value))
+    assert "with the anchor loss self-training does not decay" in page
+    assert "without the anchor loss self-training decays: after the last step it is 15.0 points below" in page
+    assert "after the last step, with the anchor loss it is 15.0 points above what it is without" in page
+    assert "| box, best on val | box, after 6 steps | box, after 60 steps |" in page
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tags": {"chosen_on": "test"}}, "it was chosen on test, not on val"),
+        ({"tags": {"chosen_on": ""}}, "not on val"),
+        ({"tags": {"trials": "9"}}, r"its trials \(9\) are not those of most cells \(1\)"),
+        ({"tags": {"data": "other"}}, r"its data \(other\)"),
+        ({"tags": {"weights": "other"}}, r"its weights \(other\)"),
+        ({"params": {"steps": "61"}}, r"its steps \(61\) are not those of most cells \(60\)"),
+        ({"params": {"optim.batch_size": "8"}}, r"its images a step \(8\)"),
+    ],
+)
+def test_a_cell_with_another_budget_or_chosen_on_test_is_named(change: dict[str, Any], message: str) -> None:
+    plan = make_plan("methods", ["camouflaged"], prompts=["box"], seeds=2)
+    cells = done(plan, made)
+    assert check_cells(plan, groups(plan), cells) == []
+    key = ("wesam", "camouflaged", "box")
+    first = cells[key][0]
+    cells[key][0] = replace(first, **{k: {**getattr(first, k), **v} for k, v in change.items()})
+    (fault,) = check_cells(plan, groups(plan), cells)
+    assert fault.startswith("wesam-camouflaged-box seed 1: ")
+    with pytest.raises(InputError, match=message):
+        raise InputError(fault)
+    del cells[key][0]
+    assert check_cells(plan, groups(plan), cells) == ["wesam-camouflaged-box: it has the seeds 2, not 1, 2"]
+
+
+def test_an_image_on_val_and_on_test_is_found() -> None:
+    domain = load_domain("camouflaged")
+    val, test = domain.split("val"), domain.split("test")
+    mixed = Split(3, lambda i: val[1] if i == 2 else test[i])
+    assert check_disjoint([domain]) == []
+    both = Domain("mixed", {"train": val, "val": val, "test": mixed}, "x")
+    (fault,) = check_disjoint([both])
+    assert fault == "mixed: val and test share 1 image, camouflaged/val/1 is camouflaged/val/1"
+
+
+def test_a_search_begins_with_the_defaults_is_chosen_on_val_and_finds_its_trials_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tables, "searched", lambda method: ("optim.lr", "loss.anchor", "no.such"))
+    plan = make_plan("methods", ["camouflaged"], prompts=["box"], methods=["wesam"], trials=6, seeds=2)
+    group = groups(plan)[-1]
+    assert list(plan.space(group.row)) == ["optim.lr", "loss.anchor"]
+
+    def play() -> tuple[list[Wanted], list[Wanted]]:
+        going, tried = work(plan, group), []
+        asked = next(going)
+        while asked[0].trial:
+            (one,) = asked
+            tried.append(one)
+            asked = going.send([cell(group, one.number, best_val=-abs(one.config.optim.lr - 0.002))])
+        return tried, asked
+
+    tried, last = play()
+    assert [t.number for t in tried] == [1, 2, 3, 4, 5, 6]
+    assert tried[0].config == group.config
+    assert {t.tests for t in tried} == {()}, "a trial does not see test"
+    best = min(tried, key=lambda t: abs(t.config.optim.lr - 0.002))
+    assert [(w.config.seed, w.number, w.config.replace({"seed": 0})) for w in last] == [
+        (1, 1, best.config), (2, 2, best.config),
+    ]  # fmt: skip
+    assert [t.config for t in play()[0]] == [t.config for t in tried]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"kind": "method"}, "unknown table 'method': did you mean 'methods'"),
+        ({"methods": ["wesm"]}, "did you mean 'wesam'"),
+        ({"prompts": ["bax"]}, "did you mean 'box'"),
+        ({"prompts": ["grid"]}, "no label that a person gives"),
+        ({"kind": "losses", "methods": ["supervised"]}, "of wesam alone"),
+        ({"kind": "losses", "fixed": ["loss.anchor=1"]}, "the rows of the table losses differ in it"),
+        ({"fixed": ["seed=1"]}, "seed is an option of its own"),
+        ({"seeds": 0}, "--seeds must be at least 1"),
+        ({"domains": ["clan"]}, "unknown domain 'clan'"),
+        ({"name": "a/b"}, "--name 'a/b'"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as refused:
+        make_plan(**{"kind": "methods", "domains": ["clean"], **given})
+    assert message in str(refused.value)
