@@ -117,12 +117,13 @@ class Block:
     """By row, then by column."""
 
     def marks(self) -> dict[tuple[int, int], str]:
-        """Row and column -> ``best`` or ``second``, among the rows that learn from no masks; equals share a place."""
+        """Row and column -> ``best`` or ``second`` of the rows that learn from no masks; as shown, equals are equal."""
         out: dict[tuple[int, int], str] = {}
         for j, column in enumerate(self.columns):
             if column.unit != "score":
                 continue
-            known = {i: e.mean for i, row in enumerate(self.rows) if (e := self.entries[i][j]) and not row.needs_masks}
+            pairs = enumerate(zip(self.rows, self.entries, strict=True))
+            known = {i: round(e.mean, 3) for i, (row, line) in pairs if (e := line[j]) and not row.needs_masks}
             for place, mean in zip(("best", "second"), sorted(set(known.values()), reverse=True), strict=False):
                 out |= {(i, j): place for i, m in known.items() if m == mean}
         return out

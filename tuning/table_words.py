@@ -2,73 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 
 from tuning.entries import Block, Cells, Entry
-from tuning.tables import Plan
+from tuning.tables import Plan, Row
 
 BELOW = 0.02
 """What is below Direct by more than so much mIoU has to be said."""
 
 
-def words(plan: Plan, parts: Iterable[Block], cells: Cells) -> list[str]:
-    """What a reader must not overlook, a sentence or two each."""
-    out = []
-    for block in parts:
-        out += _against_direct(block)
-        out += _no_gap(block) if plan.kind == "methods" else []
-        out += _effects(block) if plan.kind == "losses" else []
-        out += _decay(block) if plan.kind == "long" else []
-    if plan.kind == "methods" and "supervised" not in plan.methods:
-        out.append("Supervised is not among the methods: what share of what could be won they win is not known.")
+def words(plan: Plan, blocks: Sequence[Block], cells: Cells) -> list[str]:
+    """What a reader must not overlook: a line for each row of which there is something to say."""
+    out = [*_harm(blocks), *_luck(blocks)]
+    if plan.kind == "methods":
+        out += _no_gap(plan, blocks)
+    if plan.kind == "losses":
+        out += _effects(blocks)
+    if plan.kind == "long":
+        out += [line for block in blocks for line in _decay(block)]
+    out += _unmoved(blocks, cells)
     if plan.seeds == 1:
         out.append("One seed each: no spread is known, and any difference may be luck.")
-    diverged = [c.name for found in cells.values() for c in found if c.tags.get("ended") == "diverged"]
-    if diverged:
+    every = [c for found in cells.values() for c in found]
+    if diverged := [c.name for c in every if c.tags.get("ended") == "diverged"]:
         out.append(f"Diverged before the last step, and counted with what had been reached: {', '.join(diverged)}.")
-    commits = distinct(c.tags.get("mlflow.source.git.commit", "unknown") for found in cells.values() for c in found)
+    commits = distinct(c.tags.get("mlflow.source.git.commit", "unknown") for c in every)
     if len(commits) > 1:
         out.append(f"The cells were computed at {len(commits)} commits, which are named below.")
     return out
 
 
-def _against_direct(block: Block) -> list[str]:
-    """Who is well below Direct, and of whom the spread leaves it open on which side of it they are."""
-    far, near = [], []
-    direct = block.of("direct")
-    for row, entries in zip(block.rows, block.entries, strict=True):
-        for column, entry, low in zip(block.columns, entries, direct, strict=True):
-            if not row.method or entry is None or low is None or column.unit != "score":
-                continue
-            gain, spread = entry.mean - low.mean, entry.spread
-            where = f"{block.domain}, {column.title}: {row.title} is {_points(gain)} Direct"
-            if gain < -BELOW:
-                far.append(f"{where} ({entry.mean:.3f} against {low.mean:.3f}): it does harm here.")
-            if spread is not None and abs(gain) < spread:
-                near.append(f"{where}, less than its spread over the seeds ({100 * spread:.1f}): it may be luck.")
-    return far + near
+def distinct(texts: Iterable[str]) -> list[str]:
+    """The different ones, in order."""
+    return sorted(set(texts))
 
 
-def _no_gap(block: Block) -> list[str]:
-    pairs = zip(block.columns, block.of("direct"), block.of("supervised"), strict=True)
+def _beside(blocks: Iterable[Block], key: str) -> Iterator[tuple[Row, str, Entry, Entry]]:
+    """Each score of each other row that is trained: the row, where it is, itself, and the same of the row ``key``."""
+    for block in blocks:
+        other = block.of(key)
+        for row, entries in zip(block.rows, block.entries, strict=True):
+            for column, entry, beside in zip(block.columns, entries, other, strict=True):
+                if row.method and row.key != key and column.unit == "score" and entry and beside:
+                    yield row, f"{block.domain} {column.title}", entry, beside
+
+
+def _by_row(found: Iterable[tuple[Row, str]]) -> dict[str, list[str]]:
+    """Title -> what there is to say of the row."""
+    out: dict[str, list[str]] = defaultdict(list)
+    for row, said in found:
+        out[row.title].append(said)
+    return out
+
+
+def _harm(blocks: Sequence[Block]) -> list[str]:
+    """Who is well below Direct."""
+    found = _by_row(
+        (row, f"{where} {_points(entry, low)} ({entry.mean:.3f} against {low.mean:.3f})")
+        for row, where, entry, low in _beside(blocks, "direct")
+        if entry.mean - low.mean < -BELOW
+    )
     return [
-        f"{block.domain}, {column.title}: Supervised is not above Direct, so there is no gap to close."
-        for column, low, high in pairs
-        if low and high and high.mean <= low.mean
+        f"**{title} does harm**, more than {100 * BELOW:.0f} points below Direct: {'; '.join(said)}."
+        for title, said in found.items()
     ]
 
 
-def _effects(block: Block) -> list[str]:
+def _luck(blocks: Sequence[Block]) -> list[str]:
+    """Of whom the spread leaves it open on which side of Direct they are."""
+    found = _by_row(
+        (row, f"{where} {_points(entry, low)} (spread {100 * entry.spread:.1f})")
+        for row, where, entry, low in _beside(blocks, "direct")
+        if entry.spread is not None and abs(entry.mean - low.mean) < entry.spread
+    )
+    return [
+        f"{title} is above or below Direct by less than its spread over seeds, which may be luck: {'; '.join(said)}."
+        for title, said in found.items()
+    ]
+
+
+def _unmoved(blocks: Sequence[Block], cells: Cells) -> list[str]:
+    """Where val preferred the model as it is to every step of a training."""
+    found: list[tuple[Row, str]] = []
+    for block in blocks:
+        for row in block.rows:
+            for prompt in row.prompts if row.method else ():
+                runs = cells.get((row.key, block.domain, prompt), ())
+                if still := sum(c.metrics.get("best_step") == 0 for c in runs):
+                    found.append((row, f"{block.domain} {prompt} {still} of {len(runs)}"))
+    return [
+        f"{title}: no step was better on val than the model as it is, which then counts, with so many seeds: "
+        f"{'; '.join(said)}."
+        for title, said in _by_row(found).items()
+    ]
+
+
+def _no_gap(plan: Plan, blocks: Sequence[Block]) -> list[str]:
+    if "supervised" not in plan.methods:
+        return ["Supervised is not among the methods: what share of what could be won they win is not known."]
+    places = [
+        where
+        for row, where, entry, low in _beside(blocks, "direct")
+        if row.key == "supervised" and entry.mean <= low.mean
+    ]
+    return [f"Supervised is not above Direct, so there is no gap to close: {'; '.join(places)}."] if places else []
+
+
+def _effects(blocks: Sequence[Block]) -> list[str]:
     """What each loss adds to self-training alone."""
-    out = []
-    for row in block.rows:
-        if not row.method or row.key == "self":
-            continue
-        for column, entry, alone in zip(block.columns, block.of(row.key), block.of("self"), strict=True):
-            if entry and alone:
-                out.append(f"{block.domain}, {column.title}: {row.title} is {_compared(entry, alone)} "
-                           "self-training alone.")  # fmt: skip
-    return out
+    found = _by_row((row, f"{where} {_effect(entry, alone)}") for row, where, entry, alone in _beside(blocks, "self"))
+    return [f"{title}, beside self-training alone: {'; '.join(said)}." for title, said in found.items()]
 
 
 def _decay(block: Block) -> list[str]:
@@ -76,35 +120,30 @@ def _decay(block: Block) -> list[str]:
     out = []
     for j in range(0, len(block.columns), 3):
         ends = {k: block.of(f"{k}-anchor")[j : j + 3] for k in ("with", "without")}
-        where = f"{block.domain}, {block.columns[j].prompt}"
+        where = f"{block.domain} {block.columns[j].prompt}"
         for k, (_, first, last) in ends.items():
             if first and last:
                 fall = "decays" if last.mean < first.mean - _wider(first, last) else "does not decay"
                 out.append(
-                    f"{where}: {k} the anchor loss self-training {fall}: after the last step it is "
-                    f"{_compared(last, first)} what it was after the usual steps."
+                    f"{where}: {k} the anchor loss self-training {fall}: {_effect(last, first)} from the usual steps "
+                    "to the last one."
                 )
         held, free = ends["with"][2], ends["without"][2]
         if held and free:
-            gain = _compared(held, free)
-            out.append(f"{where}: after the last step, with the anchor loss it is {gain} what it is without.")
+            out.append(f"{where}: after the last step the anchor loss makes {_effect(held, free)}.")
     return out
 
 
-def _compared(entry: Entry, other: Entry) -> str:
-    gain, spread = entry.mean - other.mean, _wider(entry, other)
-    doubt = f" (less than the spread, {100 * spread:.1f})" if abs(gain) < spread else ""
-    return f"{100 * abs(gain):.1f} points{doubt} {'below' if gain < 0 else 'above'}"
+def _points(entry: Entry, other: Entry) -> str:
+    return f"{100 * (entry.mean - other.mean):+.1f} points"
+
+
+def _effect(entry: Entry, other: Entry) -> str:
+    """A difference, with the spread where that is larger."""
+    spread = _wider(entry, other)
+    doubt = f" (less than the spread, {100 * spread:.1f})" if abs(entry.mean - other.mean) < spread else ""
+    return _points(entry, other) + doubt
 
 
 def _wider(entry: Entry, other: Entry) -> float:
     return max(entry.spread or 0.0, other.spread or 0.0)
-
-
-def _points(gain: float) -> str:
-    return f"{100 * abs(gain):.1f} points {'below' if gain < 0 else 'above'}"
-
-
-def distinct(texts: Iterable[str]) -> list[str]:
-    """The different ones, in order."""
-    return sorted(set(texts))

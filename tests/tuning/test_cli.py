@@ -26,6 +26,10 @@ from tuning.tracking import Tracker
         (["report", "it's", "--out", "x"], "no study"),
         (["resume", "nothing"], "no study"),
         (["best", "--tracking-uri", "http://127.0.0.1:9"], "cannot reach MLflow"),
+        (["table", "methods"], "--domains"),
+        (["table", "methds", "--domains", "clean"], "did you mean 'methods'"),
+        (["table", "methods", "--domains", "clean", "--cpus-per-cell", "0"], "--cpus-per-cell must be at least 1"),
+        (["table", "methods", "--domains", "clean", "--no-run"], "no table"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -67,7 +71,7 @@ def test_a_study_whose_database_has_a_password_goes_on_when_it_is_given_again(
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("run", "resume", "best", "report"):
+    for command in ("run", "resume", "best", "report", "table"):
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])
     assert "--tracking-uri" in capsys.readouterr().out

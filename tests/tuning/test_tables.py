@@ -88,9 +88,12 @@ def test_mean_spread_marks_and_share() -> None:
 @pytest.mark.parametrize(
     ("score", "said"),
     [
-        (0.57, "camouflaged, box: WeSAM is 3.0 points below Direct (0.570 against 0.600): it does harm here."),
-        (0.595, "WeSAM is 0.5 points below Direct, less than its spread over the seeds (1.0): it may be luck."),
-        (0.605, "WeSAM is 0.5 points above Direct, less than its spread over the seeds (1.0): it may be luck."),
+        (
+            0.57,
+            "harm**, more than 2 points below Direct: camouflaged box -3.0 points (0.570 against 0.600).",
+        ),
+        (0.595, "than its spread over seeds, which may be luck: camouflaged box -0.5 points (spread 1.0)."),
+        (0.605, "than its spread over seeds, which may be luck: camouflaged box +0.5 points (spread 1.0)."),
         (0.65, None),
     ],
 )
@@ -98,7 +101,7 @@ def test_what_is_not_above_direct_is_said_in_words(score: float, said: str | Non
     plan = make_plan("methods", ["camouflaged"], prompts=["box"], methods=["wesam"])
     cells = done(plan, lambda g, m, s: score + 0.01 * (s - 2) if g.row.method else 0.6)
     page = table_page.markdown(plan, cells)
-    assert "WeSAM is" not in page if said is None else said in page
+    assert "harm" not in page and "luck" not in page if said is None else said in page
     assert "Supervised is not among the methods" in page
 
 
@@ -108,6 +111,19 @@ def test_one_seed_has_no_spread_and_no_gap_is_said_to_be_none() -> None:
     assert "One seed each: no spread is known" in page
     assert "Supervised is not above Direct" in page
     assert "±" not in page
+
+
+def test_a_training_that_val_wants_nothing_of_or_that_diverges_is_said_to_be_one() -> None:
+    plan = make_plan("methods", ["camouflaged"], prompts=["box"], methods=["wesam"], seeds=2)
+    cells = done(plan, made)
+    first = (found := cells["wesam", "camouflaged", "box"])[0]
+    found[0] = replace(first, metrics={**first.metrics, "best_step": 0}, tags={**first.tags, "ended": "diverged"})
+    page = table_page.markdown(plan, cells)
+    assert "no step was better on val than the model as it is" in page
+    assert "with so many seeds: camouflaged box 1 of 2." in page
+    assert (
+        "Diverged before the last step, and counted with what had been reached: wesam-camouflaged-box seed 1." in page
+    )
 
 
 def test_latex_and_data() -> None:
@@ -138,8 +154,8 @@ def test_losses_are_switched_off_one_by_one_with_and_without_labels() -> None:
     assert found["all", "camouflaged", "grid"].tests == ("point",)
     page = table_page.markdown(plan, done(plan, lambda g, m, s: 0.7 if g.row.key == "all" else 0.65))
     assert "| | box | grid |" in page.replace("|  |", "| |")
-    assert "all three is 5.0 points above self-training alone" in page
-    assert "+ anchor is 0.0 points above self-training alone" in page
+    assert "all three, beside self-training alone: camouflaged box +5.0 points; camouflaged grid +5.0 points." in page
+    assert "+ anchor, beside self-training alone: camouflaged box +0.0 points; camouflaged grid +0.0 points." in page
 
 
 def test_cross_has_every_prompt_at_test_for_every_one_in_training() -> None:
@@ -166,9 +182,9 @@ def test_long_says_whether_self_training_decays_and_whether_the_anchor_holds_it(
         return 0.5 if metric.endswith("_60") and g.row.key == "without-anchor" else 0.65
 
     page = table_page.markdown(plan, done(plan, value))
-    assert "with the anchor loss self-training does not decay" in page
-    assert "without the anchor loss self-training decays: after the last step it is 15.0 points below" in page
-    assert "after the last step, with the anchor loss it is 15.0 points above what it is without" in page
+    assert "camouflaged box: with the anchor loss self-training does not decay: +0.0 points" in page
+    assert "without the anchor loss self-training decays: -15.0 points from the usual steps to the last one" in page
+    assert "after the last step the anchor loss makes +15.0 points" in page
     assert "| box, best on val | box, after 6 steps | box, after 60 steps |" in page
 
 
