@@ -195,8 +195,10 @@ class _Driver:
     def _progress(self) -> str:
         done = self._kept + self._computed
         left = self._total - done
-        seconds = (time.monotonic() - self._began) * left / max(1, self._computed)
-        return f"{done} of {self._total} done" + (f", about {clock(seconds).strip()} left" if left else "")
+        said = f"{done} of {self._total} done"
+        if not left or not self._computed:
+            return said
+        return f"{said}, about {clock((time.monotonic() - self._began) * left / self._computed).strip()} left"
 
     def _say(self, text: str) -> None:
         self._said = time.monotonic()

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+from segment_anything.modeling import Sam
+
+from wesam.compare import train_once
+from wesam.config import method_preset
+from wesam.data import Domain
+from wesam.evaluate import evaluate
+
+
+def test_one_training_meets_test_with_several_prompts_and_after_given_steps(sam: Sam, camouflaged: Domain) -> None:
+    few = {"steps": 4, "eval_every": 2, "optim.batch_size": 1, "max_instances": 2, "lora.rank": 2, "optim.lr": 5e-3}
+    config = method_preset("nano", "supervised").replace(few)
+    direct = evaluate(sam, camouflaged.split("val"), "box")
+    found = train_once(sam, camouflaged, config, ["box", "point"], val=direct, after=[3, 4])
+    assert list(found.curve) == [0, 2, 4]
+    assert found.curve[0] == direct
+    assert found.best.val.objective == max(s.objective for s in found.curve.values())
+    assert set(found.test) == {"box", "point"}
+    assert set(found.after) == {3, 4}
+    if found.best.step == 4:
+        assert found.after[4].objective == pytest.approx(found.test["box"].objective, abs=1e-4)
+    assert found.parameters > 0
+    assert found.seconds is not None
+    assert not found.diverged
+
+
+def test_a_training_that_diverges_counts_with_what_it_had_reached(
+    sam: Sam, camouflaged: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def burst(*given: object) -> None:
+        raise FloatingPointError("loss is not finite")
+
+    monkeypatch.setattr(sys.modules["wesam.adapt"], "train", burst)
+    config = method_preset("nano", "wesam").replace({"steps": 2, "optim.batch_size": 1})
+    with pytest.raises(FloatingPointError):
+        train_once(sam, camouflaged, config, [])
+    found = train_once(sam, camouflaged, config, ["box"], forgiving=True)
+    assert (found.diverged, found.best.step, found.seconds) == (True, 0, None)
+    assert found.test["box"].objective == pytest.approx(evaluate(sam, camouflaged.split("test"), "box").objective)
