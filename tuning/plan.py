@@ -78,7 +78,7 @@ HIDDEN = "***"
 WORD = r"(?!\.*\Z)[\w.+-]{1,100}"
 """What names runs, registered models and folders; so no separator, and nothing but dots neither."""
 
-_OPTIONS = ("prompt", "crop", "seed")
+STUDY_KEYS = ("prompt", "crop", "seed")
 """Fields of Config that are given as a study's own keys, not among its hyperparameters."""
 
 SHARED = (
@@ -301,7 +301,7 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
             base = base.replace({key: s[key]} if key in s else {})
     given = {str(path): value for path, value in s.get("set", {}).items()}
     paths = dict.fromkeys([*given, *(a.partition("=")[0] for a in assignments)], 0)
-    for path in _OPTIONS:
+    for path in STUDY_KEYS:
         if path in paths:
             raise InputError(f"{path} has an option of its own: --{path}, or {path}: in a study's file")
     for path, value in given.items():

@@ -37,7 +37,7 @@ ABOUT: dict[Kind, str] = {
     "the same kind, meets test with every kind.",
     "modules": "Each row trains another part of the model with the same method. Parameters are those that are trained; "
     "memory is the most that the tensors of a step take on a GPU ({memory}); seconds are the median of a step on the "
-    "machine named below.",
+    "machine named below, with other cells beside it.",
     "long": "Self-training learns from its own mistakes, and can be undone by them. Each row trains {longer} times as "
     "long as usual and shows the checkpoint that is best on val, the model after the usual steps, and that after the "
     "last one, whatever val says of these two.",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from tuning.plan import _OPTIONS, SHARED, checked_name, load_domains
+from tuning.plan import SHARED, STUDY_KEYS, checked_name, load_domains
 from tuning.space import Space, make_space
 from wesam.adapt import checked
 from wesam.config import PRESETS, Config, PromptKind, Value, method_preset, preset
@@ -278,7 +278,7 @@ def make_plan(
         raise InputError("--prompts: a grid is no label that a person gives; the table losses has it by itself")
     chosen = _methods(kind, methods)
     for text in fixed:
-        if (path := text.partition("=")[0]) in (*_OPTIONS, "method", "steps"):
+        if (path := text.partition("=")[0]) in (*STUDY_KEYS, "method", "steps"):
             raise InputError(f"--set {text}: {path} is an option of its own, or what the rows differ in")
     given = {k: v for k, v in (("steps", steps), ("crop", crop)) if v is not None}
     base = preset(model if model in PRESETS else "paper").replace(given)
