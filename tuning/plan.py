@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 import yaml
 
 from tuning.space import Space, fixed, make_space, space_from_dict, space_to_dict
-from wesam.config import BOXES, PRESETS, Config, Objective, PromptKind, Value, method_preset, preset
+from wesam.config import BOXES, PRESETS, Config, Objective, PromptKind, Value, preset
 from wesam.data import Domain, load_domain, located
 from wesam.errors import InputError, at, one_of
-from wesam.methods import checked_method, get_method
+from wesam.methods import checked_method, get_method, method_preset
 from wesam.sam import find_model, model_names
 
 REFERENCES = ("paper", "defaults")
