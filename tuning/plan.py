@@ -294,11 +294,15 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
         model = str(Path(model).resolve())
     with at("prompt"):
         prompt = one_of("prompt", s.get("prompt", "box"), get_args(PromptKind))
-    base = preset(model if model in PRESETS else "paper").replace({"prompt": prompt})
+    given = {str(path): value for path, value in s.get("set", {}).items()}
+    with at("set", "method"):
+        method = next(
+            (a.partition("=")[2] for a in assignments if a.startswith("method=")), given.get("method", "wesam")
+        )
+        base = method_preset(model, str(method)).replace({"prompt": prompt})
     for key in ("seed", "steps", "crop"):
         with at(key):
             base = base.replace({key: s[key]} if key in s else {})
-    given = {str(path): value for path, value in s.get("set", {}).items()}
     paths = dict.fromkeys([*given, *(a.partition("=")[0] for a in assignments)], 0)
     for path in _OPTIONS:
         if path in paths:

@@ -29,6 +29,6 @@ def losses(model: AdaptedSam, batch: Batch, config: Config) -> dict[str, Tensor]
 METHOD = Method(
     losses,
     "entropy of the masks over the norms' parameters (ICLR 2021)",
-    ("optim.lr", "optim.weight_decay", "optim.batch_size"),
+    ("optim.lr", "optim.weight_decay"),
     {"train": "norms"},
 )

@@ -64,8 +64,12 @@ def self_training(
 
 
 SEARCHED = (
-    "lora.rank", "lora.alpha_ratio", "lora.targets", "optim.lr", "loss.focal", "loss.dice", "loss.iou", "loss.anchor",
+    "lora.rank", "lora.alpha_ratio", "lora.targets", "optim.lr", "loss.focal", "loss.iou", "loss.anchor",
     "loss.contrastive", "loss.temperature", "teacher.decay", "views.strength", "views.prompt_noise",
 )  # fmt: skip
 
-METHOD = Method(losses, "self-training with teacher, anchor and contrastive loss (CVPR 2024)", SEARCHED)
+METHOD = Method(
+    losses,
+    "self-training with teacher, anchor and contrastive loss (CVPR 2024)",
+    (*SEARCHED, "loss.tightness", "teacher.cut_to_box"),
+)
