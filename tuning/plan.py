@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 import yaml
 
 from tuning.space import Space, fixed, make_space, space_from_dict, space_to_dict
-from wesam.config import BOXES, PRESETS, Config, Objective, PromptKind, Value, method_preset, preset
+from wesam.config import BOXES, PRESETS, Config, Objective, PromptKind, Value, preset
 from wesam.data import Domain, load_domain, located
 from wesam.errors import InputError, at, one_of
-from wesam.methods import checked_method, get_method
+from wesam.methods import checked_method, get_method, method_preset
 from wesam.sam import find_model, model_names
 
 REFERENCES = ("paper", "defaults")
@@ -295,11 +295,15 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
         model = str(Path(model).resolve())
     with at("prompt"):
         prompt = one_of("prompt", s.get("prompt", "box"), get_args(PromptKind))
-    base = preset(model if model in PRESETS else "paper").replace({"prompt": prompt})
+    given = {str(path): value for path, value in s.get("set", {}).items()}
+    with at("set", "method"):
+        method = next(
+            (a.partition("=")[2] for a in assignments if a.startswith("method=")), given.get("method", "wesam")
+        )
+        base = method_preset(model, str(method)).replace({"prompt": prompt})
     for key in ("seed", "steps", "crop"):
         with at(key):
             base = base.replace({key: s[key]} if key in s else {})
-    given = {str(path): value for path, value in s.get("set", {}).items()}
     paths = dict.fromkeys([*given, *(a.partition("=")[0] for a in assignments)], 0)
     for path in STUDY_KEYS:
         if path in paths:

@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tuning.plan import Plan
-from tuning.sampler import Point, ask, decoded, frozen, startup
+from tuning.sampler import Point, ask, bounded, decoded, frozen, startup
 
 MOVED = 0.3
 """The share of the hyperparameters in which a trial near the best one differs from it."""
@@ -47,13 +47,14 @@ def propose(study: optuna.Study, plan: Plan, number: int) -> tuple[Running, Poin
     little: until it has enough to learn from each trial is near the best one, and from then on each second one.
     """
     attrs = {"study": plan.name, "number": number}
-    known = study.get_trials(deepcopy=False)
+    everything = study.get_trials(deepcopy=False)
+    known = bounded(everything)
     if any(t.state == TrialState.WAITING for t in known):
         trial = study.ask()
         for key, value in attrs.items():
             trial.set_user_attr(key, value)
         return Running(study, trial._trial_id, trial.number), ask(trial, plan.space), trial.user_attrs
-    draft = _Draft(study, known)
+    draft = _Draft(study, known if plan.sampler == "tpe" else everything, len(everything))
     point = near(known, plan, number) or ask(draft.ask(), plan.space)
     written = frozen(
         plan.space, point, state=TrialState.RUNNING, user_attrs=attrs, system_attrs=draft.trial.system_attrs
@@ -79,10 +80,10 @@ def near(known: Sequence[FrozenTrial], plan: Plan, number: int) -> Point | None:
 class _Draft:
     """The database as a sampler sees it: with the trials that were read once, and one that is not written there."""
 
-    def __init__(self, study: optuna.Study, trials: Sequence[FrozenTrial]) -> None:
+    def __init__(self, study: optuna.Study, trials: Sequence[FrozenTrial], number: int) -> None:
         self._study, self._trials = study, trials
         self.trial = create_trial(state=TrialState.RUNNING)
-        self.trial.number, self.trial._trial_id = len(trials), -1
+        self.trial.number, self.trial._trial_id = number, -1
 
     def ask(self) -> optuna.Trial:
         """The trial, whose parameters the study's sampler suggests."""

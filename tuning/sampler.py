@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import heapq
 import sqlite3
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import optuna
@@ -32,8 +31,8 @@ SEARCHED, AIDED, BEST_OF = "searched", "model's defaults with box aids", "best o
 """What trials are called that are no references; after the last one comes where that was found."""
 
 BEST, RECENT = 50, 250
-"""Of more trials TPE sees the best ones, of which it never takes more than 25 for good, and the last ones: what a
-proposal costs would grow with their number.
+"""Of more trials a proposal looks at the best, of which TPE never takes more than 25 for good, and at the last ones:
+what it costs would grow with their number.
 """
 
 COST_METRICS = {"size": "adapter_mb", "seconds": "seconds_per_step"}
@@ -101,7 +100,7 @@ def make_sampler(plan: Plan, known: int) -> BaseSampler:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that groups are experimental
         if plan.sampler == "tpe":
-            return _Tpe(
+            return TPESampler(
                 seed=seed,
                 multivariate=True,
                 group=True,  # parameters that are there only with others
@@ -115,42 +114,14 @@ def make_sampler(plan: Plan, known: int) -> BaseSampler:
         return RandomSampler(seed=seed)
 
 
-class _Tpe(TPESampler):
-    """TPE on a bounded number of trials."""
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """As of all trials."""
-        return super().infer_relative_search_space(_bounded(study), trial)
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        """As of all trials."""
-        return super().sample_relative(_bounded(study), trial, search_space)
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """As of all trials."""
-        return super().sample_independent(_bounded(study), trial, param_name, param_distribution)
-
-
-def _bounded(study: optuna.Study) -> optuna.Study:
-    """The study as a sampler is to see it: with its best trials, the last ones and those that have not ended."""
-    trials = study._get_trials(deepcopy=False, use_cache=True)
-    if len(trials) <= BEST + RECENT:
-        return study
-    early = trials[:-RECENT]
+def bounded(trials: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:
+    """What is to be learned from: the best trials, the last ones and those that have not ended, in their order."""
+    early, last = trials[:-RECENT], trials[-RECENT:]
+    if len(early) <= BEST:
+        return trials
     best = heapq.nlargest(BEST, (t for t in early if t.state == TrialState.COMPLETE), key=lambda t: t.values[0])
-    seen = [*best, *(t for t in early if not t.state.is_finished()), *trials[-RECENT:]]
-    seen.sort(key=lambda t: t.number)
-
-    def known(deepcopy: bool = True, states: Any = None, use_cache: bool = False) -> list[FrozenTrial]:
-        return [t for t in seen if states is None or t.state in states]
-
-    view = copy.copy(study)
-    view._get_trials = known  # type: ignore[method-assign]  # all that TPE asks it for
-    return view
+    seen = [*best, *(t for t in early if not t.state.is_finished()), *last]
+    return sorted(seen, key=lambda t: t.number)
 
 
 def startup(plan: Plan) -> int:

@@ -28,6 +28,12 @@ class Stopping(TrialScheduler):
         self.stopped: dict[str, str] = {}
         """Trial -> ``pruned`` or ``budget``."""
 
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """The first that waits, and then one that was paused; Tune would look at all trials that there ever were."""
+        live = sorted(tune_controller.get_live_trials(), key=lambda t: t.trial_id)
+        ready = [t for status in (Trial.PENDING, Trial.PAUSED) for t in live if t.status == status]
+        return ready[0] if ready else None
+
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Whether the trial goes on."""
         if "role" in trial.config or result.get("saved"):

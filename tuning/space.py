@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from wesam.config import BOXES, Config, PromptKind, Value
 from wesam.errors import InputError, at, one_of
+from wesam.methods import get_method
 
 Kind = Literal["float", "int", "categorical"]
 Log = Literal[True, False, "complement"]
@@ -116,31 +117,44 @@ DEFAULT: Space = {
     "lora.targets": Axis(type="categorical", choices=("qkv", "attention", "encoder", "encoder+decoder")),
     "lora.alpha_ratio": Axis(type="float", low=0.5, high=4, log=True),
     "optim.lr": Axis(type="float", low=1e-4, high=5e-3, log=True),
+    "optim.weight_decay": Axis(type="float", low=1e-6, high=0.1, log=True),
     "loss.focal": Axis(type="float", low=5, high=200, log=True),
+    "loss.dice": Axis(type="float", low=0.1, high=10, log=True),
     "loss.iou": Axis(type="float", low=0.0, high=2.0),
     "loss.anchor": Axis(type="float", low=0.01, high=2, log=True),
     "loss.contrastive": Axis(type="float", low=0.01, high=1, log=True),
     "loss.temperature": Axis(type="float", low=0.05, high=1, log=True),
     "loss.tightness": Axis(type="float", low=0.0, high=3.0, prompt="box"),
+    "loss.label": Axis(type="float", low=0.05, high=3, log=True),
+    "loss.entropy": Axis(type="float", low=0.1, high=3, log=True),
+    "loss.diversity": Axis(type="float", low=0.1, high=3, log=True),
+    "loss.pseudo": Axis(type="float", low=0.03, high=3, log=True),
+    "loss.consistency": Axis(type="float", low=0.01, high=10, log=True),
     "teacher.decay": Axis(type="float", low=0.9, high=0.9999, log="complement", zero=True),
     "teacher.cut_to_box": Axis(type="categorical", choices=(False, True), prompt="box"),
+    "teacher.confidence": Axis(type="float", low=0.5, high=0.99),
+    "teacher.neighbours": Axis(type="int", low=1, high=50, log=True),
     "views.strength": Axis(type="float", low=0.0, high=1.5),
     "views.prompt_noise": Axis(type="float", low=0.0, high=0.2),
 }
-"""The dice loss keeps its weight: Adam does not see a common factor of all weights, so one of them is the unit."""
+"""Of these, what the method reads (:attr:`wesam.methods.Method.searched`) is searched by default. Adam does not see a
+common factor of all weights of losses, so one of them, WeSAM's dice, is the unit and is not among them.
+"""
 
 OF_THE_STUDY = ("prompt", "val_prompt", "crop", "steps", "eval_every", "seed")
 """Fields of Config that all trials share, or they could not be compared."""
 
 
 def make_space(changes: Mapping[str, Any], base: Config) -> tuple[Space, Config]:
-    """The default space for the configuration's kind of prompt, changed; and the configuration with what is fixed.
+    """The default space for the configuration's method and kind of prompt, changed; and the configuration with what is
+    fixed.
 
     changes: path -> an axis as a mapping (``type, low, high, log, choices``; what is not given stays), which changes
     or adds it; or path -> a single value, which fixes it. Raises InputError that names the path.
     """
     known = {p: v for p, v in base.flat().items() if p not in OF_THE_STUDY}
-    space = {p: a for p, a in DEFAULT.items() if a.prompt is None or base.prompt in BOXES}
+    method = changes.get("method", base.method)
+    space, with_boxes = default_space(method, base.prompt), default_space(method, "box")
     for key, change in changes.items():
         path = str(key)
         with at("space", path):
@@ -148,11 +162,18 @@ def make_space(changes: Mapping[str, Any], base: Config) -> tuple[Space, Config]
                 raise InputError(f"space: {path} is the same for all trials of a study: give it outside of space")
             one_of("hyperparameter", path, known)
             if isinstance(change, Mapping):
-                space[path] = _axis(path, change, space.get(path) or DEFAULT.get(path), base)
+                space[path] = _axis(path, change, space.get(path) or with_boxes.get(path), base)
             else:
                 space.pop(path, None)
                 base = base.replace({path: change})
     return space, base
+
+
+def default_space(method: Any, prompt: PromptKind) -> Space:
+    """What is searched if nothing else is said; method: a name, or an axis of names as a mapping."""
+    names = method.get("choices", ()) if isinstance(method, Mapping) else (method,)
+    read = {path for name in names for path in get_method(str(name)).searched}
+    return {p: a for p, a in DEFAULT.items() if p in read and (a.prompt is None or prompt in BOXES)}
 
 
 def space_to_dict(space: Space) -> dict[str, Any]:

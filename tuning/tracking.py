@@ -88,6 +88,10 @@ class Data:
         return kind, json.dumps({"uri": self.source})
 
 
+BACKLOG = 2000
+"""Records that may wait for MLflow; who has more waits until there is room, or memory would be the limit."""
+
+
 class Tracker:
     """A tracking server or database, and the one thread that writes to it."""
 
@@ -96,6 +100,7 @@ class Tracker:
         self.uri = shown(uri)
         """Where it is, without a password."""
         self._writer = ThreadPoolExecutor(1, "mlflow")
+        self._room = threading.BoundedSemaphore(BACKLOG)
         self._hurry = threading.Event()
         self._away = False
         self._open: list[Run] = []
@@ -130,7 +135,10 @@ class Tracker:
 
     def later(self, write: Callable[[], T]) -> Future[T]:
         """Has the thread do this after all that it was given before; ``.result()`` waits for it."""
-        return self._writer.submit(self._until_done, write)
+        self._room.acquire()
+        given = self._writer.submit(self._until_done, write)
+        given.add_done_callback(lambda _: self._room.release())
+        return given
 
     def start(self, name: str, level: Level, parent: Run | None, tags: Mapping[str, str]) -> Run:
         """A new run of this name under its parent; one without a parent gets an experiment of its own.

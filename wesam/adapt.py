@@ -77,7 +77,10 @@ def adapt(
         raise InputError(f"optim.batch_size {config.optim.batch_size} is less than the {world} workers that share it")
     method = checked(domain, config)
     decay = config.teacher.decay
-    model = AdaptedSam(sam, config.lora, teacher=decay > 0, seed=config.seed, crop=config.crop, compute=config.compute)
+    model = AdaptedSam(
+        sam, config.lora, train=config.train, teacher=decay > 0, seed=config.seed, crop=config.crop,
+        compute=config.compute,
+    )  # fmt: skip
     parameters = model.trainable()
     optimizer = torch.optim.Adam(parameters, config.optim.lr, weight_decay=config.optim.weight_decay)
     anchor = _anchor(sam, domain, config)

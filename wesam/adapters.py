@@ -17,43 +17,50 @@ from typing import Any, cast
 import peft
 import torch
 from safetensors.torch import save_file
-from segment_anything.modeling import Sam
+from segment_anything.modeling import ImageEncoderViT, Sam
+from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 
-from wesam.config import ComputeConfig, Config, LoraConfig, Targets
+from wesam.config import ComputeConfig, Config, LoraConfig, Targets, Train
 from wesam.errors import InputError, one_of
 from wesam.sam import model_names
 from wesam.sam.attention import checkpoint_blocks
-from wesam.sam.checkpoints import HEADER_BYTES, own_file, read_tensors
+from wesam.sam.checkpoints import HEADER_BYTES, own_file, read_tensors, said_of
 
 _BLOCK = r"image_encoder\.(stages\.\d+\.)?blocks\.\d+\."  # of SAM's ViT, and of TinyViT
 _TARGETS: dict[Targets, str] = {
+    "qv": _BLOCK + r"attn\.(qkv)",  # the same layers, of whose rows those of the keys stay as they are
     "qkv": _BLOCK + r"attn\.qkv",
     "attention": _BLOCK + r"attn\.(qkv|proj)",
     "encoder": _BLOCK + r"(attn\.(qkv|proj)|mlp\.(lin|fc)[12])",
     "encoder+decoder": _BLOCK
     + r"(attn\.(qkv|proj)|mlp\.(lin|fc)[12])|mask_decoder\.transformer\..*(q_proj|k_proj|v_proj|out_proj|lin[12])",
 }
+_UNUSED = LoraConfig(rank=1, targets="qkv")
+"""The matrices of an adapter that trains none: they stay zero, and so it is loaded and merged as any other."""
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 class AdaptedSam:
     """A SAM with a student's LoRA on it and, if wanted, a teacher's.
 
-    sam: the frozen source model; it is shared and never changed. lora: where the matrices sit. teacher: whether the
-    teacher has matrices of its own, a moving average; otherwise it is the student. seed: of the matrices A. crop:
-    how it sees a prompt, as :func:`wesam.predict` has it. compute: how the steps of training are computed.
+    sam: the frozen source model; it is shared and never changed. lora: where the matrices sit. train: what is trained;
+    weights that are have a copy in student and teacher. teacher: whether the teacher has parameters of its own, a
+    moving average; otherwise it is the student. seed: of the matrices A. crop: how it sees a prompt, as
+    :func:`wesam.predict` has it. compute: how the steps of training are computed.
     """
 
     def __init__(
-        self, sam: Sam, lora: LoraConfig, *, teacher: bool = False, seed: int = 0, crop: float = 0.0,
-        compute: ComputeConfig | None = None,
+        self, sam: Sam, lora: LoraConfig, *, train: Train = "lora", teacher: bool = False, seed: int = 0,
+        crop: float = 0.0, compute: ComputeConfig | None = None,
     ) -> None:  # fmt: skip
-        self.anchor = sam
-        self.crop = crop
+        self.anchor, self.train, self.crop = sam, train, crop
         self.compute = compute or ComputeConfig()
-        self._peft = _wrap(sam, _peft_config(sam, lora), seed)
-        self._teacher = _wrap(sam, _peft_config(sam, lora), seed) if teacher else self._peft
+        if "lora" not in train:
+            lora = _UNUSED
+        config = _peft_config(sam, lora)
+        self._peft = _wrap(sam, config, train, seed)
+        self._teacher = _wrap(sam, config, train, seed) if teacher else self._peft
         if self.compute.checkpointing:
             checkpoint_blocks(self.sam)
         if self.compute.compile:
@@ -75,16 +82,16 @@ class AdaptedSam:
         return cast(Sam, self._teacher.base_model.model)
 
     def trainable(self) -> list[nn.Parameter]:
-        """The student's LoRA matrices, always in the same order."""
-        return [p for n, p in self._peft.named_parameters() if "lora_" in n]
+        """The student's parameters that are trained, always in the same order."""
+        return [p for p in self._peft.parameters() if p.requires_grad]
 
     def teacher_parameters(self) -> list[nn.Parameter]:
-        """The teacher's LoRA matrices, in the same order."""
-        return [p for n, p in self._teacher.named_parameters() if "lora_" in n]
+        """The teacher's, in the same order."""
+        return [p for p in self._teacher.parameters() if p.requires_grad]
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
-        """Moves the teacher: its matrices become decay * teacher + (1 - decay) * student."""
+        """Moves the teacher: its parameters become decay * teacher + (1 - decay) * student."""
         if self._teacher is not self._peft:
             for t, s in zip(self.teacher_parameters(), self.trainable(), strict=True):
                 t.lerp_(s, 1 - decay)
@@ -97,13 +104,18 @@ class AdaptedSam:
         return cast(Sam, copy.deepcopy(self._peft).merge_and_unload())
 
     def save(self, directory: Path) -> None:
-        """Writes the student in PEFT's format: adapter_config.json and adapter_model.safetensors, which holds crop."""
+        """Writes the student in PEFT's format: adapter_config.json and adapter_model.safetensors, which holds crop.
+
+        Weights of SAM's own that are trained are in the second, too, where PEFT itself does not look for them.
+        """
         directory.mkdir(parents=True, exist_ok=True)
         config = copy.copy(self._peft.peft_config["default"])
         config.inference_mode = True
         config.save_pretrained(str(directory))
         state = {k: v.contiguous() for k, v in _state(self._peft).items()}
-        save_file(state, directory / WEIGHTS_FILE, {"crop": str(self.crop)})
+        own = dict(zip(_own(self.anchor, self.train), _copied(self._peft), strict=True))
+        state |= {_WEIGHT + n: p.detach() for n, p in own.items()}
+        save_file(state, directory / WEIGHTS_FILE, {"crop": str(self.crop), "train": self.train})
 
     @classmethod
     def load(cls, sam: Sam, directory: Path) -> AdaptedSam:
@@ -116,16 +128,22 @@ class AdaptedSam:
             base, lora, alpha = _said(directory)
             if base != _name(sam):
                 raise InputError(f"it is for the model {base}, not {_name(sam)}")
-            state, about = read_tensors(directory / WEIGHTS_FILE, _lora_shapes(sam, lora))
+            about = said_of(directory / WEIGHTS_FILE)
+            train = Config(train=cast(Train, about.get("train", "lora"))).train
+            crop = Config(crop=_number(about.get("crop", "0"))).crop
+            own = {_WEIGHT + n: tuple(p.shape) for n, p in _own(sam, train).items()}
+            state, _ = read_tensors(directory / WEIGHTS_FILE, {**_lora_shapes(sam, lora), **own})
             if not all(t.isfinite().all() for t in state.values()):
                 raise InputError(f"{WEIGHTS_FILE} holds numbers that are not finite")
-            crop = Config(crop=_number(about.get("crop", "0"))).crop
         config = _peft_config(sam, lora)
         config.lora_alpha = alpha  # type: ignore[assignment]
         self = cls.__new__(cls)
-        self.anchor, self.crop, self.compute = sam, crop, ComputeConfig()
-        self._peft = self._teacher = _wrap(sam, config, 0)
-        peft.set_peft_model_state_dict(self._peft, state)
+        self.anchor, self.train, self.crop, self.compute = sam, train, crop, ComputeConfig()
+        self._peft = self._teacher = _wrap(sam, config, train, 0)
+        peft.set_peft_model_state_dict(self._peft, {k: v for k, v in state.items() if k not in own})
+        with torch.no_grad():
+            for name, p in zip(own, _copied(self._peft), strict=True):
+                p.copy_(state[name])
         return self
 
 
@@ -184,6 +202,12 @@ def _said(directory: Path) -> tuple[str, LoraConfig, float]:
         raise InputError(f"{CONFIG_FILE}: {e}") from None
 
 
+_WEIGHT = "weight."
+"""Before the names of SAM's own weights in an adapter's file."""
+
+_PROMPTS = rf"image_encoder\.pos_embed|{_BLOCK}(attn\.norm|norm1)\.bias"
+"""What is added to the encoder's tokens, of each place, and of all places at each block."""
+
 _OWN = ("base_model_name_or_path", "inference_mode", "lora_alpha", "peft_version", "r", "target_modules")
 """Fields of an adapter's configuration that are not PEFT's defaults."""
 
@@ -223,6 +247,8 @@ def _name(sam: Sam) -> str:
 
 
 def _peft_config(sam: Sam, lora: LoraConfig) -> peft.LoraConfig:
+    if lora.targets == "qv" and not isinstance(sam.image_encoder, ImageEncoderViT):
+        raise InputError(f"lora.targets qv: {_name(sam)} mixes queries, keys and values; use qkv")
     return peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.rank * lora.alpha_ratio,  # type: ignore[arg-type]
@@ -231,10 +257,44 @@ def _peft_config(sam: Sam, lora: LoraConfig) -> peft.LoraConfig:
     )
 
 
-def _wrap(sam: Sam, config: peft.LoraConfig, seed: int) -> peft.PeftModel:
-    """A copy of the SAM's modules that shares all its weights, with fresh LoRA matrices."""
-    shared = {id(t): t for t in (*sam.parameters(), *sam.buffers())}
+def _wrap(sam: Sam, config: peft.LoraConfig, train: Train, seed: int) -> peft.PeftModel:
+    """A copy of the SAM's modules that shares all its weights but those that are trained, with fresh LoRA matrices."""
+    own = {id(p) for p in _own(sam, train).values()}
+    shared = {id(t): t for t in (*sam.parameters(), *sam.buffers()) if id(t) not in own}
     body = copy.deepcopy(sam, shared)
+    copies = list(_own(body, train).values())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return cast(peft.PeftModel, peft.get_peft_model(body, config))
+        model = cast(peft.PeftModel, peft.get_peft_model(body, config))
+    for name, p in model.named_parameters():
+        if "lora_" not in name:
+            continue
+        p.requires_grad_("lora" in train)
+        if config.target_modules == _TARGETS["qv"] and "lora_B" in name and p.requires_grad:
+            p.register_hook(_without_keys)
+    for p in copies:
+        p.requires_grad_()
+    return model
+
+
+def _copied(model: peft.PeftModel) -> list[nn.Parameter]:
+    """The SAM's own weights that are trained, in the order of :func:`_own`."""
+    return [p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n]
+
+
+def _own(sam: Sam, train: Train) -> dict[str, nn.Parameter]:
+    """The weights of SAM's own that are trained, by name, in the model's order."""
+    parts = train.split("+")
+    if "norms" in parts:
+        norms = (nn.LayerNorm, nn.BatchNorm2d, LayerNorm2d)
+        found = {n for n, m in sam.named_modules() if isinstance(m, norms) and not n.startswith("prompt_encoder")}
+        return {n: p for n, p in sam.named_parameters() if n.rpartition(".")[0] in found}
+    patterns = {"decoder": r"mask_decoder\..*", "encoder": r"image_encoder\..*", "prompts": _PROMPTS}
+    chosen = [pattern for part, pattern in patterns.items() if part in parts]
+    return {n: p for n, p in sam.named_parameters() if chosen and re.fullmatch(chosen[0], n)}
+
+
+def _without_keys(gradient: Tensor) -> Tensor:
+    """The gradient of a matrix B, [3 C, r] for queries, keys and values, with none for the keys."""
+    size = len(gradient) // 3
+    return torch.cat([gradient[:size], torch.zeros_like(gradient[size : 2 * size]), gradient[2 * size :]])

@@ -52,8 +52,9 @@ def bench_step(
     gpu = device.type == "cuda"
     method = get_method(config.method)
     model = AdaptedSam(
-        sam, config.lora, teacher=config.teacher.decay > 0, seed=config.seed, crop=config.crop, compute=config.compute
-    )
+        sam, config.lora, train=config.train, teacher=config.teacher.decay > 0, seed=config.seed, crop=config.crop,
+        compute=config.compute,
+    )  # fmt: skip
     optimizer = torch.optim.Adam(model.trainable(), config.optim.lr)
     batch = random_batch(sam, config.optim.batch_size, instances)
 

@@ -18,7 +18,6 @@ from segment_anything.modeling import Sam
 from wesam import training
 from wesam.adapters import AdaptedSam, made_for
 from wesam.anchor import Anchor
-from wesam.config import method_preset
 from wesam.console import guarded, line, progress, table, write_json
 from wesam.data import NOTES, PUBLISHED, SPLITS, Domain, Split, load_domain, located
 from wesam.data.domain import Unusable
@@ -27,6 +26,7 @@ from wesam.errors import InputError
 from wesam.evaluate import baseline, crop_of, evaluate, predict
 from wesam.export import export_peft
 from wesam.found import adapter_folder
+from wesam.methods import method_preset
 from wesam.options import Command, given_domain, make_parser
 from wesam.overlay import contact_sheet, overlay
 from wesam.prompts import Prompts

@@ -25,7 +25,8 @@ PromptKind = Literal[
 mask, or its bounding box; no labels at all but the clicks of a grid that the source model is sure of."""
 BOXES: tuple[PromptKind, ...] = ("box", "coarse-box")
 """The kinds that give the model a box."""
-Targets = Literal["qkv", "attention", "encoder", "encoder+decoder"]
+Targets = Literal["qv", "qkv", "attention", "encoder", "encoder+decoder"]
+Train = Literal["lora", "norms", "prompts", "decoder", "encoder", "lora+norms", "lora+decoder"]
 Precision = Literal["auto", "fp32", "bf16"]
 Objective = Literal["auto", "miou", "f1", "label-free"]
 """What the best is chosen by on val; auto: mIoU where true masks are known, else the label-free score."""
@@ -71,8 +72,8 @@ class LoraConfig(_Checked):
     alpha_ratio: float = _hp(1.0, "alpha / rank: the factor on BA (1 in the published code)", 0.01, 64)
     targets: Targets = _hp(
         "encoder",
-        "qkv: the encoder's attention inputs; attention: + its outputs; encoder: + the MLPs, as in the paper; "
-        "encoder+decoder: + the mask decoder's linear layers",
+        "qkv: the encoder's attention inputs (qv: without the keys, as the published code has it); attention: + its "
+        "outputs; encoder: + the MLPs, as in the paper; encoder+decoder: + the mask decoder's linear layers",
     )
 
 
@@ -89,6 +90,16 @@ class LossConfig(_Checked):
     focal_alpha: float = _hp(0.8, "focal loss: weight of foreground; background has 1 - alpha", 0, 1)
     focal_gamma: float = _hp(2.0, "focal loss: focusing exponent", 0, 10)
     tightness: float = _hp(0.0, "weight of the box-tightness loss; not in the paper, only with box prompts", 0)
+    label: float = _hp(
+        1.0,
+        "wesam+: weight of the loss against the weak label itself: tightness in the box, cross-entropy at the clicks, "
+        "dice against the coarse mask",
+        0,
+    )
+    entropy: float = _hp(1.0, "tent, shot: weight of the entropy of the masks", 0)
+    diversity: float = _hp(1.0, "shot: weight of the entropy of the mean over the box, which is to be large", 0)
+    pseudo: float = _hp(0.3, "shot: weight of the cross-entropy against the labels of the nearest prototype", 0)
+    consistency: float = _hp(1.0, "dept: weight of the distance between the features of student and teacher", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +110,10 @@ class TeacherConfig(_Checked):
         0.0, "decay of the teacher's moving average; 0 shares the student's weights, as in the paper", 0, 1
     )
     cut_to_box: bool = _hp(False, "cut pseudo labels to the given box; not in the paper, only with box prompts")
+    confidence: float = _hp(
+        0.9, "soft-teacher, tribe: cells of which the teacher is less sure than this teach nothing", 0.5, 0.999
+    )
+    neighbours: int = _hp(10, "dept: cells that vote, by their features, on the label of each", 1, 100)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +166,11 @@ class Config(_Checked):
     """One adaptation: the method, its budget, and all its hyperparameters."""
 
     method: str = _hp("wesam", "the method: a name from wesam.methods")
+    train: Train = _hp(
+        "lora",
+        "what is trained: LoRA matrices; weights themselves: of the norms, the mask decoder, the whole encoder, or the "
+        "prompts that are added to the encoder's inputs; or both",
+    )
     prompt: PromptKind = _hp("box", "kind of weak label")
     val_prompt: PromptKind = _hp("box", "kind of weak label that scores are taken with where prompt is grid")
     crop: float = _hp(
@@ -267,12 +287,6 @@ def preset(name: str) -> Config:
     if name not in PRESETS:
         raise unknown("preset", name, PRESETS)
     return Config().replace(PRESETS[name])
-
-
-def method_preset(model: str, method: str) -> Config:
-    """The defaults of a method on a model: the preset MODEL-METHOD, else MODEL, else the published values."""
-    names = [n for n in (f"{model}-{method}", model, "paper") if n in PRESETS]
-    return preset(names[0]).replace({"method": method})
 
 
 def read_config(file: Path) -> Config:

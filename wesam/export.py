@@ -68,7 +68,8 @@ def export_peft(sam: Sam, adapter: Path, out: Path, *, base: bool = False) -> st
     have. Returns the ``model`` to load it on: a name on the hub, or the folder written. Raises InputError for an
     adapter that does not fit, for models that transformers does not have, and for a folder that cannot be written.
     """
-    AdaptedSam.load(sam, adapter)
+    if (train := AdaptedSam.load(sam, adapter).train) != "lora":
+        raise InputError(f"this adapter holds more than LoRA matrices (train is {train}): use --merge")
     _convertible(sam)
     config = peft.LoraConfig.from_pretrained(str(adapter))
     state = {_in_peft(k): v for k, v in load_file(adapter / WEIGHTS_FILE).items()}

@@ -77,6 +77,44 @@ def box_masks(boxes: Tensor, size: int, stride: float) -> Tensor:
     return y[:, :, None] & x[:, None, :]
 
 
+def at_clicks(logits: Tensor, points: Tensor, labels: Tensor, stride: float) -> Tensor:
+    """Cross-entropy of the mask at the clicks, [N]: mean of those inside and mean of those outside; not in the paper.
+
+    points: [N, P, 2], (x, y) in pixels of the resized image; labels: [N, P], 1 inside, 0 outside, -1 no click; stride:
+    pixels per cell. Between cells the mask is interpolated.
+    """
+    size = logits.shape[-1]
+    place = (2 * points / (stride * size) - 1).to(logits)
+    seen = F.grid_sample(logits[:, None], place[:, None], padding_mode="border", align_corners=False)[:, 0, 0]
+    total = torch.zeros(len(logits), device=logits.device)
+    for label in (0, 1):
+        there = (labels == label).to(logits)
+        ce = F.softplus(seen if label == 0 else -seen)
+        total = total + 0.5 * (ce * there).sum(1) / there.sum(1).clamp(min=1)
+    return total
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy of each cell's foreground, in nats, averaged over the mask's cells, [N]."""
+    return (F.softplus(logits) - logits * logits.sigmoid()).mean((1, 2))
+
+
+def balanced(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Cross-entropy, [N]: the mean over the target's foreground and that over its background, half each.
+
+    weight: [N, m, m], of the cells within their class. A class of which no cell has a weight counts nothing.
+    """
+    t = target.float()
+    ce = F.binary_cross_entropy_with_logits(logits, t, reduction="none")
+    w = torch.ones_like(t) if weight is None else weight
+    return 0.5 * (weighted(ce, w * t) + weighted(ce, w * (1 - t)))
+
+
+def weighted(values: Tensor, weight: Tensor) -> Tensor:
+    """The mean over the cells, [N], of values and weights, both [N, m, m]; 0 where nothing has a weight."""
+    return (values * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1e-6)
+
+
 def tightness(logits: Tensor, boxes: Tensor) -> Tensor:
     """How badly the mask fills its box, [N]: dice of its row and column maxima against the box's; not in the paper.
 

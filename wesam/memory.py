@@ -35,7 +35,9 @@ def reckon(build: Callable[[], Sam], config: Config, instances: int) -> float:
     with torch.device("meta"):
         sam = build().eval().requires_grad_(False)
         sam.name_or_path = "without content"
-        model = AdaptedSam(sam, config.lora, teacher=config.teacher.decay > 0, compute=config.compute)
+        model = AdaptedSam(
+            sam, config.lora, train=config.train, teacher=config.teacher.decay > 0, compute=config.compute
+        )
     with FakeTensorMode(), as_on_a_gpu():
         emptied: dict[int, Tensor] = {}
         for part in (sam, model.sam, model.teacher):

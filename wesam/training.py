@@ -16,11 +16,12 @@ from segment_anything.modeling import Sam
 from wesam.adapt import Report, adapt, checked, keep_best
 from wesam.bench import bench_step
 from wesam.compare import compare, cross
-from wesam.config import Config, method_preset, preset, read_config
+from wesam.config import Config, preset, read_config
 from wesam.console import line, table, write_json
 from wesam.data import Domain
 from wesam.errors import InputError
 from wesam.memory import reckon
+from wesam.methods import method_preset
 from wesam.options import given_domain
 from wesam.sam import REGISTRY, load_sam, random_sam
 

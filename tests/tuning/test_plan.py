@@ -11,6 +11,7 @@ from tuning.plan import DEMO, Plan, in_file, make_plan, read_study
 from tuning.space import DEFAULT, Axis
 from wesam.config import Config, preset
 from wesam.errors import InputError
+from wesam.methods import METHODS
 
 
 def plan(assignments: list[str] | None = None, **settings: Any) -> Plan:
@@ -26,6 +27,20 @@ def test_every_axis_is_a_hyperparameter_and_holds_the_papers_value() -> None:
     flat = Config().flat()
     for path, axis in DEFAULT.items():
         assert axis.holds(flat[path]), path
+
+
+def test_what_a_method_reads_is_searched_with_its_own_defaults() -> None:
+    assert all(p in DEFAULT or p.startswith("views") for m in METHODS.values() for p in m.searched)
+    boxes, clicks = plan().space, plan(prompt="point").space
+    assert boxes.keys() - clicks.keys() == {"loss.tightness", "teacher.cut_to_box"}
+    assert "loss.dice" not in boxes
+    for given in (plan(["method=tent"]), plan(set={"method": "tent"})):
+        assert given.space.keys() == {"optim.lr", "optim.weight_decay"}
+        assert given.base.train == "norms"
+    both = plan(space={"method": {"choices": ["wesam", "wesam+"]}}).space
+    assert both.keys() == boxes.keys() | {"loss.label", "method"}
+    with pytest.raises(InputError, match="wesam"):
+        plan(["method=wesan"])
 
 
 def test_a_plan_is_the_same_after_its_json() -> None:
@@ -130,7 +145,7 @@ def test_a_reference_outside_of_the_space_has_no_point_in_it() -> None:
         ({"space": {"lora.rank": {"low": 1.5}}}, "whole number"),
         ({"space": {"optim.lr": {"low": 0}}}, "with log, low must be above 0"),
         ({"space": {"optim.lr": {"type": "real"}}}, "type must be"),
-        ({"space": {"lora.targets": {"choices": ["qvk"]}}}, "did you mean 'qkv'"),
+        ({"space": {"lora.targets": {"choices": ["qvk"]}}}, "did you mean 'qk?v'"),
         ({"space": {"lora.targets": {"choices": []}}}, "needs choices"),
         ({"space": {"views.strength": None}}, "strength must be a number"),
         ({"space": {"teacher.decay": {"high": 1.0}}}, "high is below 1"),

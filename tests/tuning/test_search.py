@@ -17,7 +17,7 @@ from tuning import sampler
 from tuning.budget import Budget
 from tuning.confirm import Confirmation, winner
 from tuning.plan import REFERENCES, Plan, make_plan, shown
-from tuning.proposals import near
+from tuning.proposals import near, propose
 from tuning.replay import _NOTHING_RUNS, Past, Replayed, _Trial, replay, tell
 from tuning.sampler import (
     ask,
@@ -126,8 +126,8 @@ def test_every_sampler_proposes_what_lies_in_the_space(sampler: str, tmp_path: P
 def test_of_many_trials_tpe_sees_the_best_the_last_and_those_that_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    search, study, _ = begin(make(tmp_path))
-    assert sampler._bounded(study) is study
+    plan = make(tmp_path)
+    search, study, _ = begin(plan)
     monkeypatch.setattr(sampler, "BEST", 2)
     monkeypatch.setattr(sampler, "RECENT", 3)
     scores = [0.5, 0.9, 0.6, 0.8, 0.7, 0.4, 0.3, 0.2]
@@ -142,8 +142,8 @@ def test_of_many_trials_tpe_sees_the_best_the_last_and_those_that_run(
         return split(study, trials, *more)
 
     monkeypatch.setattr(optuna.samplers._tpe.sampler, "_split_trials", split_and_seen)
-    ask(study.ask(), make(tmp_path).space)
-    assert seen[-1] == [1, 2, 3, 6, 7], "8 is the one that is asked for"
+    propose(study, plan, 21)  # the sampler's turn
+    assert seen[-1] == [1, 2, 3, 5, 6, 7]
     assert len(study.get_trials()) == len(scores) + 1
 
 

@@ -93,6 +93,20 @@ def test_a_server_that_is_away_for_a_while_loses_nothing(
     assert capsys.readouterr().err.count("waiting for it") == 1
 
 
+def test_who_is_too_far_ahead_of_mlflow_waits(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "BACKLOG", 2)
+    tracker, busy, told = Tracker(uri), threading.Event(), threading.Event()
+    tracker.later(busy.wait)
+    tracker.later(lambda: None)
+    third = threading.Thread(target=lambda: (tracker.later(lambda: None), told.set()))
+    third.start()
+    assert not told.wait(0.2)
+    busy.set()
+    assert told.wait(10)
+    third.join()
+    tracker.close()
+
+
 def test_what_a_run_logs_while_mlflow_is_busy_is_one_request_but_nothing_comes_before_what_it_follows(
     tracker: Tracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,9 +8,9 @@ import pytest
 from segment_anything.modeling import Sam
 
 from wesam.compare import compare
-from wesam.config import method_preset
 from wesam.data import load_domain
 from wesam.evaluate import baseline, evaluate
+from wesam.methods import method_preset
 
 pytestmark = pytest.mark.slow
 SHARED = Path(__file__).parents[3] / "shared" / "data"

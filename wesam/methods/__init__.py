@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from wesam.config import BOXES, Config
+from wesam.config import BOXES, PRESETS, Config, preset
 from wesam.errors import InputError, unknown
-from wesam.methods import supervised, wesam
+from wesam.methods import dept, shot, soft_teacher, supervised, tent, tribe, wdass, wesam, wesam_plus
 from wesam.methods.base import Batch, Method
 
-METHODS: dict[str, Method] = {"wesam": wesam.METHOD, "supervised": supervised.METHOD}
+METHODS: dict[str, Method] = {
+    "tent": tent.METHOD, "shot": shot.METHOD, "soft-teacher": soft_teacher.METHOD, "tribe": tribe.METHOD,
+    "dept": dept.METHOD, "wdass": wdass.METHOD, "wesam": wesam.METHOD, "wesam+": wesam_plus.METHOD,
+    "supervised": supervised.METHOD,
+}  # fmt: skip
 
 
 def get_method(name: str) -> Method:
@@ -15,6 +19,14 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     return METHODS[name]
+
+
+def method_preset(model: str, method: str) -> Config:
+    """The defaults of a method on a model: the preset MODEL-METHOD, or else MODEL with what the method changes."""
+    changes = {"method": method, **get_method(method).defaults}
+    if f"{model}-{method}" in PRESETS:
+        return preset(f"{model}-{method}").replace({"method": method})
+    return preset(model if model in PRESETS else "paper").replace(changes)
 
 
 def checked_method(config: Config) -> Method:
@@ -28,4 +40,4 @@ def checked_method(config: Config) -> Method:
     return method
 
 
-__all__ = ["METHODS", "Batch", "Method", "checked_method", "get_method"]
+__all__ = ["METHODS", "Batch", "Method", "checked_method", "get_method", "method_preset"]

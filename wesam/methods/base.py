@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from wesam import losses as L
 from wesam.adapters import AdaptedSam
-from wesam.config import Config
-from wesam.prompts import Prompts
+from wesam.config import Config, Value
+from wesam.prompts import Prompts, tight_boxes
 
 
 @dataclass(frozen=True)
@@ -43,5 +44,24 @@ class Method:
     losses: Callable[[AdaptedSam, Batch, Config], dict[str, Tensor]]
     """Name -> [N]."""
     note: str
+    searched: tuple[str, ...]
+    """The hyperparameters that it reads, by dotted path, as far as they are worth searching."""
+    defaults: Mapping[str, Value] = field(default_factory=dict)
+    """In what its configuration differs from the model's own."""
     needs_masks: bool = False
     """Whether it looks at real masks (and so is no method for weak labels)."""
+
+
+def given_boxes(batch: Batch) -> Tensor:
+    """The batch's boxes as masks, bool [N, m, m]."""
+    boxes = Prompts.concatenate(batch.prompts).boxes
+    assert boxes is not None
+    return L.box_masks(boxes, batch.anchor_masks.shape[-1], batch.stride).to(batch.image.device)
+
+
+def regions(batch: Batch) -> Tensor:
+    """Each object's surroundings, bool [N, m, m]: the given box; with other prompts that of the anchor's mask."""
+    if batch.prompts[0].boxes is not None:
+        return given_boxes(batch)
+    boxes = tight_boxes(batch.anchor_masks.cpu()).to(batch.image.device)
+    return L.box_masks(boxes, batch.anchor_masks.shape[-1], 1.0)

@@ -24,4 +24,9 @@ def losses(model: AdaptedSam, batch: Batch, config: Config) -> dict[str, Tensor]
     }
 
 
-METHOD = Method(losses, "the same adapter trained on real masks: the upper reference", needs_masks=True)
+METHOD = Method(
+    losses,
+    "the same adapter trained on real masks: the upper reference",
+    ("lora.rank", "lora.alpha_ratio", "lora.targets", "optim.lr", "loss.focal", "loss.iou"),
+    needs_masks=True,
+)

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from wesam import losses as L
 from wesam.adapters import AdaptedSam
 from wesam.config import Config
-from wesam.methods.base import Batch, Method
-from wesam.prompts import Prompts
+from wesam.methods.base import Batch, Method, given_boxes
 from wesam.sam.promptable import decode, encode
 
 
 def losses(model: AdaptedSam, batch: Batch, config: Config) -> dict[str, Tensor]:
-    """The three losses of the paper, each [N].
+    """The three losses of the paper, each [N]."""
+
+    def beside(student: Tensor) -> dict[str, Tensor]:
+        if not config.loss.tightness:
+            return {}
+        return {"tightness": config.loss.tightness * L.tightness(student, given_boxes(batch))}
+
+    def pseudo_labels(teacher: Tensor) -> Tensor:
+        return teacher > 0 if not config.teacher.cut_to_box else (teacher > 0) & given_boxes(batch)
+
+    return self_training(model, batch, config, pseudo_labels, beside)
+
+
+def self_training(
+    model: AdaptedSam, batch: Batch, config: Config, pseudo_labels: Callable[[Tensor], Tensor],
+    beside: Callable[[Tensor], dict[str, Tensor]],
+) -> dict[str, Tensor]:  # fmt: skip
+    """The losses of the paper, each [N], on pseudo labels made from the teacher's logits, both [N, m, m].
 
     With decay 0 teacher and student are one model and the weak branch carries gradient, as in the paper. With an
-    averaged teacher it carries none, and the contrastive loss is taken on the student's branch instead.
+    averaged teacher it carries none, and the contrastive loss is taken on the student's branch instead. beside: more
+    losses, each [N], on the student's logits.
     """
-    c, t = config.loss, config.teacher
-    shared = t.decay == 0
+    c = config.loss
+    shared = config.teacher.decay == 0
     with model.autocast():
         with torch.set_grad_enabled(shared):
             teacher_map = encode(model.teacher, batch.weak)
@@ -28,13 +47,7 @@ def losses(model: AdaptedSam, batch: Batch, config: Config) -> dict[str, Tensor]
         student_map = encode(model.sam, batch.strong)
         student = decode(model.sam, student_map, batch.noisy)
 
-    boxes = None
-    if c.tightness or t.cut_to_box:
-        boxes = _given_boxes(batch, student.logits.shape[-1])
-    pseudo = teacher.detach() > 0
-    if t.cut_to_box and boxes is not None:
-        pseudo = pseudo & boxes
-
+    pseudo = pseudo_labels(teacher.detach())
     out = {
         "focal": c.focal * L.focal(student.logits, pseudo, c.focal_alpha, c.focal_gamma),
         "dice": c.dice * L.dice(student.logits, pseudo),
@@ -47,15 +60,16 @@ def losses(model: AdaptedSam, batch: Batch, config: Config) -> dict[str, Tensor]
         features, mask = (teacher_map, teacher) if shared else (student_map, student.logits)
         branch = L.pooled(features, batch.image, mask.detach() > 0)
         out["contrastive"] = c.contrastive * L.contrastive(branch, batch.anchor_features, batch.image, c.temperature)
-    if c.tightness and boxes is not None:
-        out["tightness"] = c.tightness * L.tightness(student.logits, boxes)
-    return out
+    return out | beside(student.logits)
 
 
-def _given_boxes(batch: Batch, size: int) -> Tensor:
-    boxes = Prompts.concatenate(batch.prompts).boxes
-    assert boxes is not None
-    return L.box_masks(boxes, size, batch.stride).to(batch.image.device)
+SEARCHED = (
+    "lora.rank", "lora.alpha_ratio", "lora.targets", "optim.lr", "loss.focal", "loss.iou", "loss.anchor",
+    "loss.contrastive", "loss.temperature", "teacher.decay", "views.strength", "views.prompt_noise",
+)  # fmt: skip
 
-
-METHOD = Method(losses, "self-training with teacher, anchor and contrastive loss (CVPR 2024)")
+METHOD = Method(
+    losses,
+    "self-training with teacher, anchor and contrastive loss (CVPR 2024)",
+    (*SEARCHED, "loss.tightness", "teacher.cut_to_box"),
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import math
 import os
 import pickle
@@ -117,6 +118,18 @@ def read_tensors(
             return {name: file.get_tensor(name) for name in given}, dict(file.metadata() or {})
     except (OSError, SafetensorError, RuntimeError) as e:
         raise InputError(f"{path.name} is no safetensors file, or damaged: {str(e).splitlines()[0]}") from None
+
+
+def said_of(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself, from its header alone; nothing if it is none."""
+    with own_file(path).open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            head = json.loads(file.read(size)) if size <= HEADER_BYTES else {}
+        except (ValueError, RecursionError):
+            return {}
+    about = head.get("__metadata__", {}) if isinstance(head, dict) else {}
+    return {k: str(v) for k, v in about.items()} if isinstance(about, dict) else {}
 
 
 def fetch(url: str, path: Path, digest: str) -> None:

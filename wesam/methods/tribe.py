@@ -1,0 +1,49 @@
+"""TRIBE: student, averaged teacher and frozen anchor, with classes balanced, over the norms' parameters.
+
+Su et al., "Towards real-world test-time adaptation: tri-net self-training with balanced normalization", AAAI 2024:
+the student learns the teacher's labels where the teacher is sure, and the distance of the predictions to those of a
+frozen anchor net keeps both from drifting (weight 0.5, squared error); a normalisation that weighs each class alike
+corrects the statistics of batch norms.
+
+Translated to a promptable SAM: the tri-net and its losses as they are, on the cells of each prompt's mask. Balanced
+normalisation does not transfer: SAM's layer norms normalise every token by itself and keep no statistics that many
+tokens of one class could bend. What remains of its purpose is the balance in the loss, where foreground and background
+count alike, and of its parameters the norms' affine ones, which are what is trained. The anchor's answers are kept as
+masks, so the distance is that to a mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wesam import losses as L
+from wesam.adapters import AdaptedSam
+from wesam.config import Config
+from wesam.methods.base import Batch, Method
+from wesam.sam.promptable import decode, encode
+
+
+def losses(model: AdaptedSam, batch: Batch, config: Config) -> dict[str, Tensor]:
+    """Balanced cross-entropy against the sure part of the teacher's masks, and distance to the anchor's, each [N]."""
+    c = config.loss
+    with model.autocast():
+        with torch.no_grad():
+            teacher = decode(model.teacher, encode(model.teacher, batch.weak), batch.prompts).logits
+        student = decode(model.sam, encode(model.sam, batch.strong), batch.noisy).logits
+    sure = ((2 * teacher.sigmoid() - 1).abs() > 2 * config.teacher.confidence - 1).float()
+    far = (student.sigmoid() - batch.anchor_masks.float()) ** 2
+    return {
+        "cross_entropy": L.balanced(student, teacher > 0, sure),
+        "anchor": c.anchor * far.mean((1, 2)),
+    }
+
+
+METHOD = Method(
+    losses,
+    "student, teacher and anchor over the norms' parameters, classes balanced (AAAI 2024)",
+    (
+        "optim.lr", "optim.weight_decay", "loss.anchor", "teacher.decay", "teacher.confidence", "views.strength",
+    ),
+    {"train": "norms", "teacher.decay": 0.97, "loss.anchor": 0.5},
+)  # fmt: skip
