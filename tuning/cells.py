@@ -118,7 +118,7 @@ def _search(plan: Plan, group: Group) -> Generator[list[Wanted], list[Cell], Con
     """
     search = Study(
         name=group.name, domains=(), model=plan.model, trials=plan.trials, workers=1, storage="", base=group.config,
-        space=plan.space(group.row),
+        space=plan.space(group.row, group.prompt),
     )  # fmt: skip
     study = optuna.create_study(direction="maximize", sampler=make_sampler(search, 0))
     best, score = group.config, float("-inf")

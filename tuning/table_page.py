@@ -13,7 +13,7 @@ from tuning.entries import Block, Cell, Cells, Entry, blocks
 from tuning.plan import shown
 from tuning.report import share
 from tuning.table_words import distinct, words
-from tuning.tables import LONGER, Column, Kind, Plan, Row
+from tuning.tables import LONGER, Column, Kind, Plan, title_of
 from wesam.methods import METHODS
 
 CAPTIONS: dict[Kind, str] = {
@@ -97,7 +97,7 @@ def markdown(plan: Plan, cells: Cells) -> str:
         for i, (row, entries) in enumerate(zip(block.rows, block.entries, strict=True)):
             pairs = enumerate(zip(entries, block.columns, strict=True))
             texts = [_marked(_text(e, c), marks.get((i, j)), e) for j, (e, c) in pairs]
-            lines.append([_title(row), *texts])
+            lines.append([row.title, *texts])
         out += [f"## {block.domain}", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
     said = words(plan, parts, cells)
     out += ["## In words", "\n".join(f"- {line}" for line in said)] if said else []
@@ -114,12 +114,9 @@ def _about(plan: Plan, cells: Cells) -> str:
         said.append(
             f"Hyperparameters are the best on val of {plan.trials} trials for each row, domain and kind of label."
         )
-    return " ".join([*said, "Of the rows that learn from no masks the **best** and the _second_ are marked."])
-
-
-def _title(row: Row) -> str:
-    note = METHODS[row.method].note if row.method and row.key == row.method else ""
-    return f"{row.title} ({note})" if note and row.key not in ("wesam", "supervised") else row.title
+    said.append("Of the rows that learn from no masks the **best** and the _second_ are marked.")
+    notes = [f"- {title_of(m)}: {METHODS[m].note}" for m in plan.methods]
+    return "\n\n".join([" ".join(said), "\n".join(notes)])
 
 
 def _text(entry: Entry | None, column: Column) -> str:

@@ -10,11 +10,11 @@ from typing import Literal, get_args
 from tuning.plan import SHARED, STUDY_KEYS, checked_name, load_domains
 from tuning.space import Space, make_space
 from wesam.adapt import checked
-from wesam.config import PRESETS, Config, PromptKind, Value, method_preset, preset
+from wesam.config import PRESETS, Config, PromptKind, Value, preset
 from wesam.data import Domain, load_domain, located
 from wesam.drawings import Drawing, drawable
 from wesam.errors import InputError, one_of
-from wesam.methods import METHODS, get_method
+from wesam.methods import METHODS, get_method, method_preset
 from wesam.sam import find_model, model_names
 
 Kind = Literal["methods", "losses", "cross", "modules", "long"]
@@ -24,7 +24,10 @@ DRAWINGS: dict[Drawing, str] = {
 }  # fmt: skip
 """The rows that need no model."""
 
-TITLES = {"wesam": "WeSAM", "supervised": "Supervised"}
+TITLES = {
+    "tent": "TENT", "shot": "SHOT", "soft-teacher": "Soft Teacher", "tribe": "TRIBE", "dept": "DePT", "wdass": "WDASS",
+    "wesam": "WeSAM", "wesam+": "WeSAM+", "supervised": "Supervised",
+}  # fmt: skip
 """Of methods whose name is not written as it is."""
 
 LOSSES: dict[str, tuple[str, dict[str, Value]]] = {
@@ -128,12 +131,15 @@ class Plan:
         config = config.replace({**shared, "steps": self.steps, "prompt": prompt})
         return config.parse(list(self.fixed)).replace(row.changes)
 
-    def space(self, row: Row) -> Space:
-        """What is searched for a row: of the default space what its method says, but for what is given."""
-        config = self.config(row, row.prompts[0])
+    def space(self, row: Row, prompt: PromptKind) -> Space:
+        """What is searched for a row: what its method reads in the default space, but for what is given."""
+        config = self.config(row, prompt)
         given = {*row.changes, *(text.partition("=")[0] for text in self.fixed)}
-        axes = make_space({}, config)[0]
-        return {path: axes[path] for path in searched(row.method) if path in axes and path not in given}
+        return {
+            path: axis
+            for path, axis in make_space({}, config)[0].items()
+            if path not in given and ("lora" in config.train or not path.startswith("lora."))
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,11 +169,6 @@ class Group:
     def name(self) -> str:
         """``ROW-DOMAIN-PROMPT``."""
         return "-".join(self.key)
-
-
-def searched(method: str) -> tuple[str, ...]:
-    """The hyperparameters that are a method's own to search, by path."""
-    return tuple(getattr(get_method(method), "searched", ()))
 
 
 def title_of(method: str) -> str:
@@ -307,10 +308,10 @@ def _check(plan: Plan, domains: Sequence[Domain]) -> None:
         for path in row.changes:
             if any(text.partition("=")[0] == path for text in plan.fixed):
                 raise InputError(f"--set {path}: the rows of the table {plan.kind} differ in it")
-        if row.method and plan.trials > 1 and not plan.space(row):
-            raise InputError(f"--trials {plan.trials}: nothing is left to search for the row {row.title!r}")
         for prompt in row.prompts:
             config = plan.config(row, prompt)
+            if row.method and plan.trials > 1 and not plan.space(row, prompt):
+                raise InputError(f"--trials {plan.trials}: nothing is left to search for the row {row.title!r}")
             for domain in domains if row.method else ():
                 checked(domain, config)
     for domain in domains:

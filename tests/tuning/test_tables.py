@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from tuning import table_page, tables
+from tuning import table_page
 from tuning.cells import Wanted, work
 from tuning.entries import Cell, blocks, check_cells, check_disjoint
 from tuning.tables import Group, Plan, groups, make_plan, rows
 from wesam.data import Domain, Split, load_domain
 from wesam.errors import InputError
+from wesam.methods import METHODS, get_method
 
 DOMAINS = ("camouflaged", "medical")
 
@@ -56,14 +57,14 @@ def test_the_methods_share_data_and_budget_and_drawings_are_made_where_they_can_
     keys = {row.key: row.prompts for row in rows(plan)}
     assert keys["drawn-box"] == keys["drawn-ellipse"] == ("box",)
     assert (keys["drawn-voronoi"], keys["drawn-polygon"]) == (("point",), ("coarse",))
-    assert list(keys)[4:7] == ["direct", "wesam", "supervised"]
+    assert list(keys)[4:] == ["direct", *METHODS]
     found = groups(plan)
     assert len({g.key for g in found}) == len(found) == 2 * (4 + 3 * len(list(keys)[4:]))
     trained = [g.config.flat() for g in found if g.row.method]
     for path in ("steps", "optim.batch_size", "eval_every", "max_instances", "seed"):
         assert len({c[path] for c in trained}) == 1, path
     assert trained[0]["steps"] == 7
-    assert {c["lora.targets"] for c in trained} == {"encoder", "encoder+decoder"}, "all else is the method's own"
+    assert len({c["train"] for c in trained}) > 1, "all else is the method's own"
 
 
 def test_mean_spread_marks_and_share() -> None:
@@ -165,12 +166,15 @@ def test_cross_has_every_prompt_at_test_for_every_one_in_training() -> None:
     assert [[e and round(e.mean, 3) for e in line] for line in block.entries] == [[0.7, 0.6], [0.7, 0.6], [0.6, 0.7]]
 
 
-def test_modules_have_costs_beside_their_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "MODULES", [{"lora.targets": "qkv"}, {"lora.targets": "encoder"}])
-    plan = make_plan("modules", ["camouflaged"], prompts=["box", "point"])
+def test_modules_have_costs_beside_their_scores() -> None:
+    plan = make_plan("modules", ["camouflaged"], prompts=["box", "point"], trials=2)
+    for row in rows(plan)[1:]:
+        assert any(p.startswith("lora.") for p in plan.space(row, "box")) == ("lora" in plan.config(row, "box").train)
+    assert len({plan.config(row, "box") for row in rows(plan)[1:]}) == 8
     page = table_page.markdown(plan, done(plan, lambda g, m, s: 123456 if m == "parameters" else 0.6))
     assert "| lora.targets = qkv | **0.600 ± 0.000** | **0.600 ± 0.000** | 123,456 | 0.60 | 0.600 ± 0.000 |" in page
     assert "(reckoned)" in page
+    assert "| train = lora+decoder |" in page
 
 
 def test_long_says_whether_self_training_decays_and_whether_the_anchor_holds_it() -> None:
@@ -225,13 +229,13 @@ def test_an_image_on_val_and_on_test_is_found() -> None:
     assert fault == "mixed: val and test share 1 image, camouflaged/val/1 is camouflaged/val/1"
 
 
-def test_a_search_begins_with_the_defaults_is_chosen_on_val_and_finds_its_trials_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(tables, "searched", lambda method: ("optim.lr", "loss.anchor", "no.such"))
-    plan = make_plan("methods", ["camouflaged"], prompts=["box"], methods=["wesam"], trials=6, seeds=2)
-    group = groups(plan)[-1]
-    assert list(plan.space(group.row)) == ["optim.lr", "loss.anchor"]
+def test_a_search_begins_with_the_defaults_is_chosen_on_val_and_finds_its_trials_again() -> None:
+    plan = make_plan("methods", ["camouflaged"], methods=["wesam"], trials=6, seeds=2, fixed=["lora.targets=qkv"])
+    group = next(g for g in groups(plan) if g.row.method)
+    for prompt in plan.prompts:
+        space = set(plan.space(group.row, prompt))
+        assert space <= {*get_method("wesam").searched} - {"lora.targets"}
+        assert ("loss.tightness" in space) == (prompt == "box")
 
     def play() -> tuple[list[Wanted], list[Wanted]]:
         going, tried = work(plan, group), []

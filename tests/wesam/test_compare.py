@@ -6,9 +6,9 @@ import pytest
 from segment_anything.modeling import Sam
 
 from wesam.compare import train_once
-from wesam.config import method_preset
 from wesam.data import Domain
 from wesam.evaluate import evaluate
+from wesam.methods import method_preset
 
 
 def test_one_training_meets_test_with_several_prompts_and_after_given_steps(sam: Sam, camouflaged: Domain) -> None:
