@@ -101,7 +101,7 @@ def _cells(found: Collected) -> list[list[str]]:
 
 def share(part: float | None) -> str:
     """A share in per cent."""
-    return "-" if part is None else f"{100 * part:.0f} %"
+    return "-" if part is None else f"{round(100 * part)} %"
 
 
 def _markdown(found: Collected) -> str:

@@ -180,7 +180,7 @@ def _latex_entry(entry: Entry | None, column: Column, mark: str | None) -> str:
     macro = {"best": "textbf", "second": "underline"}.get(mark or "")
     out = rf"\{macro}{{{mean}}}" if macro else mean
     out += rf" {{\scriptsize$\pm${spread}}}" if spread else ""
-    return out + (rf" ({100 * entry.share:.0f}\,\%)" if entry.share is not None else "")
+    return out + (rf" ({round(100 * entry.share)}\,\%)" if entry.share is not None else "")
 
 
 def data(plan: Plan, cells: Cells) -> dict[str, Any]:
