@@ -85,6 +85,16 @@ class AdaptedSam:
         """The student's parameters that are trained, always in the same order."""
         return [p for p in self._peft.parameters() if p.requires_grad]
 
+    @property
+    def size(self) -> int:
+        """How many numbers are trained."""
+        keys = cast(peft.LoraConfig, self._peft.peft_config["default"]).target_modules == _TARGETS["qv"]
+        return sum(
+            p.numel() - (p.numel() // 3 if keys and "lora_B" in n else 0)
+            for n, p in self._peft.named_parameters()
+            if p.requires_grad
+        )
+
     def teacher_parameters(self) -> list[nn.Parameter]:
         """The teacher's, in the same order."""
         return [p for p in self._teacher.parameters() if p.requires_grad]

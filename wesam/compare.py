@@ -64,7 +64,7 @@ def train_once(
 
     def watch(report: Report, better: bool) -> None:
         nonlocal parameters
-        parameters = sum(p.numel() for p in report.model.trainable())
+        parameters = report.model.size
         if report.step:
             seconds.append(report.seconds)
         if report.val is not None:

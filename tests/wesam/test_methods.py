@@ -122,6 +122,8 @@ def test_lora_on_queries_and_values_leaves_the_keys(sam: Sam, two: Domain) -> No
         model = report.model
     matrices = [p for n, p in model._peft.named_parameters() if "lora_B" in n]
     assert len(matrices) == 6
+    assert model.size == 6 * (2 * 144 + 2 * 2 * 144)  # A, and B without a third of its rows
+    assert AdaptedSam(sam, LoraConfig(rank=2, targets="qkv")).size == 6 * (2 * 144 + 2 * 3 * 144)
     for b in matrices:
         q, k, v = b.detach().chunk(3)
         assert q.abs().sum() > 0
