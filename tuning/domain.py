@@ -89,8 +89,9 @@ class DomainSearch(threading.Thread):
 
     def _is_done(self, before: Stored) -> bool:
         """Whether the study has not been enlarged since, and no trial can be gone on with."""
-        found = self._c.tracker.find("trial", parent=before.info.run_id)
-        return sum(ROLE not in r.data.tags for r in found) >= self._c.plan.trials and not any(map(failed_midway, found))
+        found = self._c.tracker.each("trial", parent=before.info.run_id)
+        begun = [(ROLE not in r.data.tags, failed_midway(r)) for r in found]
+        return sum(own for own, _ in begun) >= self._c.plan.trials and not any(midway for _, midway in begun)
 
     def _concluded(self, run: Run) -> list[Row]:
         """run: the parent of the trials."""
@@ -182,7 +183,7 @@ def _unfinished(tracker: Tracker, domain_run: str, plan: Plan) -> list[Proposal]
     What was interrupted before it had one is closed as failed.
     """
     found: list[tuple[bool, int, Proposal]] = []
-    for stored in tracker.find("trial", parent=domain_run):
+    for stored in tracker.each("trial", parent=domain_run):
         tags = stored.data.tags
         if stored.info.status in ("FAILED", "FINISHED") and not failed_midway(stored):
             continue

@@ -200,5 +200,5 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
 
 def _spent(tracker: Tracker, domains: Iterable[Stored]) -> float:
     """GPU hours of all trials until now."""
-    runs = [r for d in domains for r in tracker.find("trial", parent=d.info.run_id)]
+    runs = (r for d in domains for r in tracker.each("trial", parent=d.info.run_id))
     return sum(r.data.metrics.get("gpu_hours", 0.0) for r in runs)

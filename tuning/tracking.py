@@ -14,10 +14,10 @@ import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -90,6 +90,10 @@ class Data:
 
 BACKLOG = 2000
 """Records that may wait for MLflow; who has more waits until there is room, or memory would be the limit."""
+
+
+PAGE = 500
+"""Runs that MLflow is asked for at once."""
 
 
 class Tracker:
@@ -172,21 +176,21 @@ class Tracker:
 
     def find(self, level: Level, *, parent: str | None = None) -> list[Stored]:
         """The runs at this level, oldest first."""
+        return list(self.each(level, parent=parent))
+
+    def each(self, level: Level, *, parent: str | None = None) -> Iterator[Stored]:
+        """The same, a page at a time: ten thousand of MLflow's runs fill hundreds of megabytes."""
         wanted = {"wesam.level": level, PARENT: parent}
         query = " and ".join(f"tags.`{k}` = '{v}'" for k, v in wanted.items() if v is not None)
-        return self.ask(lambda: self._search(query))
-
-    def _search(self, query: str) -> list[Stored]:
-        experiments = self._experiments()
-        found: list[Stored] = []
-        token = None
+        experiments = self.ask(self._experiments)
+        token: str | None = None
         while experiments:
-            page = self.client.search_runs(experiments, query, order_by=["start_time ASC"], page_token=token)
-            found += page
+            search = partial(self.client.search_runs, experiments, query, order_by=["start_time ASC"])
+            page = self.ask(partial(search, page_token=token, max_results=PAGE))
+            yield from page
             token = page.token
             if not token:
-                break
-        return found
+                return
 
     def ask(self, read: Callable[[], T]) -> T:
         """What MLflow answers, without regard to what is still to be written; a server that is away is waited for."""
@@ -425,8 +429,8 @@ def trials(tracker: Tracker, domain_run: str, role: str | None = None) -> list[T
 def trials_by_role(tracker: Tracker, domain_run: str) -> Mapping[str | None, list[Trial]]:
     """The finished trials of a domain that have an adapter, in order, by role; None: the search's own."""
     found: dict[str | None, list[Trial]] = defaultdict(list)
-    for run in tracker.find("trial", parent=domain_run):
-        tags, metrics = run.data.tags, run.data.metrics
+    for run in tracker.each("trial", parent=domain_run):
+        tags, metrics = run.data.tags, {sys.intern(k): v for k, v in run.data.metrics.items()}
         if run.info.status == "FINISHED" and "best_step" in metrics:
             proposal = json.loads(tags["wesam.proposal"])
             found[tags.get(ROLE)].append(
@@ -436,13 +440,13 @@ def trials_by_role(tracker: Tracker, domain_run: str) -> Mapping[str | None, lis
                     label=proposal["label"],
                     reference=tags.get("wesam.reference"),
                     point=proposal["point"] or {},
-                    config=dict(run.data.params),
+                    config={sys.intern(k): sys.intern(v) for k, v in run.data.params.items()},
                     best=metrics["best_score"],
                     best_step=int(metrics["best_step"]),
                     step=int(metrics["last_step"]),
                     ended=tags["ended"],
                     gap=metrics.get("gap"),
-                    metrics=dict(metrics),
+                    metrics=metrics,
                     of=proposal.get("of"),
                 )
             )

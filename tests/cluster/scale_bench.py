@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import random
+import resource
 import sys
 import tempfile
 import threading
@@ -267,7 +268,9 @@ def show(found: Measured) -> None:
     print(f"{found.slots} slots, all taken after {filled:.1f} s: then {held:.1%} held a trial, {slept:.1%} slept")
     most = max(m.waiting for m in found.marks)
     print(f"MLflow had everything {found.flushed:.1f} s after the last trial; at most {most} records waited for it")
-    print(f"the driver's memory: {max(m.rss for m in found.marks) / 2**20:.0f} MiB at most")
+    during = max(m.rss for m in found.marks) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    print(f"the driver's memory: {during:.0f} MiB at most, {peak:.0f} with what came after the last trial")
 
 
 def main() -> None:
