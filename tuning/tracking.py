@@ -439,7 +439,7 @@ def trials_by_role(tracker: Tracker, domain_run: str) -> Mapping[str | None, lis
                     run_id=run.info.run_id,
                     label=proposal["label"],
                     reference=tags.get("wesam.reference"),
-                    point=proposal["point"] or {},
+                    point={sys.intern(k): v for k, v in (proposal["point"] or {}).items()},
                     config={sys.intern(k): sys.intern(v) for k, v in run.data.params.items()},
                     best=metrics["best_score"],
                     best_step=int(metrics["best_step"]),
