@@ -125,7 +125,7 @@ DEFAULT: Space = {
     "loss.contrastive": Axis(type="float", low=0.01, high=1, log=True),
     "loss.temperature": Axis(type="float", low=0.05, high=1, log=True),
     "loss.tightness": Axis(type="float", low=0.0, high=3.0, prompt="box"),
-    "loss.label": Axis(type="float", low=0.05, high=3, log=True),
+    "loss.label": Axis(type="float", low=0.3, high=30, log=True),
     "loss.entropy": Axis(type="float", low=0.1, high=3, log=True),
     "loss.diversity": Axis(type="float", low=0.1, high=3, log=True),
     "loss.pseudo": Axis(type="float", low=0.03, high=3, log=True),

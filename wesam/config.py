@@ -91,7 +91,7 @@ class LossConfig(_Checked):
     focal_gamma: float = _hp(2.0, "focal loss: focusing exponent", 0, 10)
     tightness: float = _hp(0.0, "weight of the box-tightness loss; not in the paper, only with box prompts", 0)
     label: float = _hp(
-        1.0,
+        3.0,
         "wesam+: weight of the loss against the weak label itself: tightness in the box, cross-entropy at the clicks, "
         "dice against the coarse mask",
         0,

@@ -56,3 +56,10 @@ def test_weak_labels_win_more_than_the_spread_over_seeds(sam: Sam) -> None:
     """Where they win least."""
     found = compare(sam, load_domain("camouflaged"), {"wesam": method_preset("nano", "wesam")}, range(3))
     assert found["wesam"] - found["direct"] > found["wesam_sd"], found
+
+
+def test_weak_labels_win_more_if_they_are_a_loss_too(sam: Sam) -> None:
+    start = method_preset("nano", "wesam").replace({"prompt": "point"})
+    plus = method_preset("nano", "wesam+").replace({"prompt": "point"})
+    found = compare(sam, load_domain("camouflaged"), {"wesam": start, "wesam+": plus}, [0])
+    assert found["wesam+"] >= found["wesam"] + 0.04, found
