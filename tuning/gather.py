@@ -77,7 +77,7 @@ class _Driver:
         self._rows: dict[str, Run] = {}
         self._failed: set[str] = set()
         """The names of the rows of which a cell has."""
-        self._kept = self._computed = 0
+        self._kept = self._computed = self._trained = 0
         self._began = self._said = time.monotonic()
         for going in self.going:
             self._advance(going, None)
@@ -180,6 +180,7 @@ class _Driver:
                 self._say(f"{cell.name}: failed: {why}")
                 continue
             self._computed += 1
+            self._trained += bool(cell.group.row.method)
             for step, value in found.curve.items():
                 run.log({"val_miou": value}, step=step)
             run.log(found.metrics, tags=found.tags)
@@ -196,9 +197,9 @@ class _Driver:
         done = self._kept + self._computed
         left = self._total - done
         said = f"{done} of {self._total} done"
-        if not left or not self._computed:
+        if not left or not self._trained:  # what is not trained takes no time to speak of
             return said
-        return f"{said}, about {clock((time.monotonic() - self._began) * left / self._computed).strip()} left"
+        return f"{said}, about {clock((time.monotonic() - self._began) * left / self._trained).strip()} left"
 
     def _say(self, text: str) -> None:
         self._said = time.monotonic()
