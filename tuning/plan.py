@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from tuning.space import Space, fixed, make_space, space_from_dict, space_to_dict
-from wesam.config import BOXES, PRESETS, Config, Objective, PromptKind, Value, preset
+from wesam.config import BOXES, Config, Objective, PromptKind, Value, preset
 from wesam.data import Domain, load_domain, located
 from wesam.errors import InputError, at, one_of
 from wesam.methods import checked_method, get_method, method_preset
@@ -80,6 +80,9 @@ WORD = r"(?!\.*\Z)[\w.+-]{1,100}"
 
 STUDY_KEYS = ("prompt", "crop", "seed")
 """Fields of Config that are given as a study's own keys, not among its hyperparameters."""
+
+METHOD = "wesam+"
+"""What a study adapts with if nothing else is said."""
 
 SHARED = (
     "prompt", "val_prompt", "crop", "seed", "steps", "eval_every", "max_instances", "optim.batch_size",
@@ -147,20 +150,16 @@ class Plan:
             {k: v for k, v in self.base.flat().items() if k in SHARED}
         )
 
-    def aided(self) -> dict[str, Value] | None:
-        """The point of the space that is nearest to the model's defaults with box aids; None where it has none."""
-        name = f"{self.model}-aided"
-        known = name in PRESETS and self.base.prompt in BOXES and not get_method(self.base.method).needs_masks
-        return self.nearest(preset(name).flat()) if known else None
-
     def has_supervised(self, domain: Domain) -> bool:
         """Whether Supervised is a reference on this domain: its masks are known, and trials do not learn from them."""
         known = domain.split("train")[0].has_masks and domain.split("test")[0].has_masks
         return known and self.base.prompt != "grid" and not get_method(self.base.method).needs_masks
 
     def point(self, reference: str) -> dict[str, Value] | None:
-        """The reference's point of the space; None where the space does not hold it."""
+        """The reference's point of the space; None where the space does not hold it, as of another method."""
         flat = self.config(reference, {}).flat()
+        if "method" not in self.space and flat["method"] != self.base.method:
+            return None
         point = {path: flat[path] for path in self.space}
         return point if all(self.space[p].holds(v) for p, v in point.items()) else None
 
@@ -297,9 +296,8 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
         prompt = one_of("prompt", s.get("prompt", "box"), get_args(PromptKind))
     given = {str(path): value for path, value in s.get("set", {}).items()}
     with at("set", "method"):
-        method = next(
-            (a.partition("=")[2] for a in assignments if a.startswith("method=")), given.get("method", "wesam")
-        )
+        said = (a.partition("=")[2] for a in assignments if a.startswith("method="))
+        method = next(said, given.get("method", METHOD))
         base = method_preset(model, str(method)).replace({"prompt": prompt})
     for key in ("seed", "steps", "crop"):
         with at(key):

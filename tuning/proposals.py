@@ -69,7 +69,7 @@ def near(known: Sequence[FrozenTrial], plan: Plan, number: int) -> Point | None:
         return None
     done = [t for t in known if t.state == TrialState.COMPLETE]
     best = max(done, key=lambda t: t.values[0], default=None)
-    start = decoded(plan.space, best.params) if best else plan.aided() or plan.point("defaults")
+    start = decoded(plan.space, best.params) if best else plan.point("defaults")
     if start is None:
         return None
     generator = random.Random(1_000_003 * plan.base.seed + number)

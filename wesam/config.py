@@ -267,10 +267,6 @@ _NANO: dict[str, Value] = {
 PRESETS: dict[str, dict[str, Value]] = {
     "paper": {},
     "nano": _NANO,
-    "nano-aided": {
-        **_NANO, "lora.targets": "encoder+decoder", "loss.tightness": 1.0, "teacher.decay": 0.97,
-        "teacher.cut_to_box": True, "optim.lr": 2e-3,
-    },
     "nano-supervised": {
         "method": "supervised", "lora.rank": 16, "lora.alpha_ratio": 2.0, "lora.targets": "encoder+decoder",
         "optim.lr": 2e-3, "optim.warmup_steps": 10, "steps": 60, "eval_every": 10, "max_instances": 8,
@@ -278,7 +274,7 @@ PRESETS: dict[str, dict[str, Value]] = {
 }  # fmt: skip
 """What differs from the published values, by preset; a model without one of its own uses the published ones.
 
-``MODEL-aided`` has what only given boxes allow, and from which a study with boxes also begins.
+``MODEL-METHOD`` is that of a method; without one the method's own defaults are put on the model's.
 """
 
 

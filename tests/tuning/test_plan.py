@@ -31,7 +31,9 @@ def test_every_axis_is_a_hyperparameter_and_holds_the_papers_value() -> None:
 
 def test_what_a_method_reads_is_searched_with_its_own_defaults() -> None:
     assert all(p in DEFAULT or p.startswith("views") for m in METHODS.values() for p in m.searched)
-    boxes, clicks = plan().space, plan(prompt="point").space
+    assert plan().base.method == "wesam+"
+    assert plan().space.keys() == plan(prompt="point").space.keys()
+    boxes, clicks = plan(["method=wesam"]).space, plan(["method=wesam"], prompt="point").space
     assert boxes.keys() - clicks.keys() == {"loss.tightness", "teacher.cut_to_box"}
     assert "loss.dice" not in boxes
     for given in (plan(["method=tent"]), plan(set={"method": "tent"})):
@@ -94,8 +96,8 @@ def test_the_demo_can_be_made() -> None:
 
 
 def test_box_aids_are_searched_only_with_boxes() -> None:
-    assert "loss.tightness" in plan().space
-    assert "loss.tightness" not in plan(prompt="point").space
+    assert "loss.tightness" in plan(["method=wesam"]).space
+    assert "loss.tightness" not in plan(["method=wesam"], prompt="point").space
     with pytest.raises(InputError, match="use --prompt box"):
         plan(["loss.tightness=1"], prompt="point")
 
@@ -117,8 +119,10 @@ def test_the_papers_trial_takes_only_the_budget_from_the_study() -> None:
 
 
 def test_a_reference_outside_of_the_space_has_no_point_in_it() -> None:
-    assert plan().point("paper") is not None
-    assert plan(space={"lora.rank": {"type": "int", "low": 8, "high": 16}}).point("paper") is None
+    assert plan(["method=wesam"]).point("paper") is not None
+    assert plan(["method=wesam"], space={"lora.rank": {"type": "int", "low": 8, "high": 16}}).point("paper") is None
+    assert plan().point("paper") is None, "its method is another one"
+    assert plan(space={"method": {"choices": ["wesam", "wesam+"]}}).point("paper") is not None
 
 
 @pytest.mark.parametrize(

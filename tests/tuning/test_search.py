@@ -37,17 +37,19 @@ from tuning.tracking import Trial
 from wesam.errors import InputError
 
 
-def make(tmp_path: Path, **settings: Any) -> Plan:
+def make(tmp_path: Path, method: str = "wesam", **settings: Any) -> Plan:
+    """A plan of the paper's method, whose space holds both references."""
     given = {"domains": ["camouflaged"], "steps": 8, "trials": 6, "storage": str(tmp_path), "name": "s"}
-    return make_plan({**given, **settings}, ["eval_every=2"])
+    return make_plan({**given, **settings}, ["eval_every=2", f"method={method}"])
 
 
 def begin(plan: Plan, **changed: Any) -> tuple[Search, optuna.Study, dict[str, str]]:
     study = open_study(plan, "camouflaged", open_storage(plan.optuna_url()))
     enqueue(study, plan, REFERENCES)
     stopped: dict[str, str] = {}
+    outside = [r for r in REFERENCES if plan.point(r) is None]
     given: dict[str, Any] = {
-        "numbers": range(1, 100), "references": (), "unfinished": (), "budget": Budget(plan),
+        "numbers": range(1, 100), "references": outside, "unfinished": (), "budget": Budget(plan),
         "confirmation": Confirmation(plan, 0.4, {}, (), supervised=True),
     }  # fmt: skip
     return Search(plan, study, stopped=stopped, **{**given, **changed}), study, stopped
@@ -74,12 +76,12 @@ def test_the_references_come_first_and_then_points_of_the_space(tmp_path: Path) 
     assert proposal["config"] == plan.config(None, proposal["point"]).flat()
 
 
-def test_the_defaults_with_box_aids_are_called_so_and_are_no_reference(tmp_path: Path) -> None:
-    search, _, _ = begin(make(tmp_path))
-    third, fourth = [search.suggest(str(i)) for i in range(4)][2:]
-    assert (third["label"], fourth["label"]) == ("model's defaults with box aids", "searched")
-    assert "reference" not in third
-    assert third["config"]["loss.tightness"] == 1.0
+def test_the_papers_hyperparameters_are_of_the_papers_method(tmp_path: Path) -> None:
+    search, study, _ = begin(make(tmp_path, method="wesam+"))
+    first, second = search.suggest("a"), search.suggest("b")
+    assert (first["config"]["method"], second["config"]["method"]) == ("wesam", "wesam+")
+    assert "optuna" not in first, "no point of a space of another method"
+    assert len(study.trials) == 1
 
 
 def test_a_reference_that_has_failed_comes_first_when_the_study_goes_on(tmp_path: Path) -> None:
@@ -91,7 +93,7 @@ def test_a_reference_that_has_failed_comes_first_when_the_study_goes_on(tmp_path
     again = Search(plan, study, range(1, 5), (), (), Confirmation(plan, 0.4, {}, (), supervised=True), Budget(plan), {})
     proposals = [again.suggest(name) for name in "abcd"]
     assert {p.get("reference") for p in proposals[:2]} == set(REFERENCES)
-    assert [p["label"] for p in proposals[2:]] == [sampler.AIDED, sampler.SEARCHED]
+    assert [p["label"] for p in proposals[2:]] == [sampler.SEARCHED, sampler.SEARCHED]
 
 
 def test_trials_go_on_near_the_best_one_until_the_sampler_takes_turns(tmp_path: Path) -> None:
