@@ -9,9 +9,8 @@ What is added to WeSAM, none of it from more labels than WeSAM has:
   claim belongs to the one whose teacher is surest of it (not with a grid's clicks, of which several may be on a thing);
 - a weak anchor, since the weak label now holds the student.
 
-Tried and left out, since they did not win (embedded model, boxes, seed 0, 60 steps; mIoU on val): an averaged teacher
-(corrupted scenes 0.682 instead of 0.701), the decoder's LoRA (corrupted 0.671), for each pseudo label the level at
-which it fits its box best (corrupted 0.704, camouflaged 0.714 instead of 0.718).
+Tried with boxes and left out, since they did not win on val of both camouflaged and corrupted scenes: an averaged
+teacher, the decoder's LoRA, for each pseudo label the level at which it fits its box best.
 """
 
 from __future__ import annotations
