@@ -150,6 +150,11 @@ class Plan:
             {k: v for k, v in self.base.flat().items() if k in SHARED}
         )
 
+    def bolder(self) -> dict[str, Value] | None:
+        """The point of the space that is nearest to the method's bolder configuration; None where it has none."""
+        changes = get_method(self.base.method).bolder
+        return self.nearest(self.base.replace(changes).flat()) if changes else None
+
     def has_supervised(self, domain: Domain) -> bool:
         """Whether Supervised is a reference on this domain: its masks are known, and trials do not learn from them."""
         known = domain.split("train")[0].has_masks and domain.split("test")[0].has_masks

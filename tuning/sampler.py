@@ -27,7 +27,7 @@ Point = dict[str, Value]
 Params = dict[str, Any]
 """The same as Optuna has it: some axes are two parameters there."""
 
-SEARCHED, BEST_OF = "searched", "best of "
+SEARCHED, BOLDER, BEST_OF = "searched", "method's bolder start", "best of "
 """What trials are called that are no references; after the last one comes where that was found."""
 
 BEST, RECENT = 50, 250
@@ -130,7 +130,9 @@ def startup(plan: Plan) -> int:
 
 
 def enqueue(study: optuna.Study, plan: Plan, references: Iterable[str]) -> None:
-    """Has the study begin with the references that lie in the space, and then what other studies found best."""
+    """Has the study begin with the references that lie in the space, what other studies found best, and the method's
+    bolder configuration, if it has one.
+    """
     known = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("study") == plan.name]
     queue = [t for t in known if t.state == TrialState.WAITING]
     waiting = {t.user_attrs.get("reference") for t in queue}
@@ -147,6 +149,8 @@ def enqueue(study: optuna.Study, plan: Plan, references: Iterable[str]) -> None:
     for source, flat in plan.warm:
         point = plan.nearest(flat)
         study.enqueue_trial(encoded(plan.space, point), user_attrs={"label": BEST_OF + source, "study": plan.name})
+    if plan.sampler != "random" and (bolder := plan.bolder()):
+        study.enqueue_trial(encoded(plan.space, bolder), user_attrs={"label": BOLDER, "study": plan.name})
 
 
 def catch_up(study: optuna.Study, plan: Plan, done: Iterable[Trial], unfinished: Iterable[Mapping[str, Any]]) -> None:

@@ -48,6 +48,8 @@ class Method:
     """The hyperparameters that it reads, by dotted path, as far as they are worth searching."""
     defaults: Mapping[str, Value] = field(default_factory=dict)
     """In what its configuration differs from the model's own."""
+    bolder: Mapping[str, Value] = field(default_factory=dict)
+    """Changes to the defaults that move more in as many steps: worth a try where these are too timid."""
     needs_masks: bool = False
     """Whether it looks at real masks (and so is no method for weak labels)."""
 
