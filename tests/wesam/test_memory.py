@@ -60,7 +60,7 @@ def test_a_full_gpu_is_one_line_and_keeps_what_was_reached(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return wesam.methods.wesam.losses(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setitem(METHODS, "wesam", Method(losses, ""))
+    monkeypatch.setitem(METHODS, "wesam", Method(losses, "", ()))
     out = tmp_path / "adapter"
     arguments = ["--domain", "camouflaged", "--steps", "4", "--set", "eval_every=1", "--set", "optim.batch_size=2"]
     assert main(["adapt", *arguments, "--device", "cpu", "--out", str(out)]) == 1
