@@ -89,7 +89,7 @@ class LossConfig(_Checked):
     temperature: float = _hp(0.3, "temperature tau of the contrastive loss", 0.001, 100)
     focal_alpha: float = _hp(0.8, "focal loss: weight of foreground; background has 1 - alpha", 0, 1)
     focal_gamma: float = _hp(2.0, "focal loss: focusing exponent", 0, 10)
-    tightness: float = _hp(0.0, "weight of the box-tightness loss; not in the paper, only with box prompts", 0)
+    tightness: float = _hp(0.0, "wesam: weight of the box-tightness loss; not in the paper, only with boxes", 0)
     label: float = _hp(
         3.0,
         "wesam+: weight of the loss against the weak label itself: tightness in the box, cross-entropy at the clicks, "
@@ -109,7 +109,7 @@ class TeacherConfig(_Checked):
     decay: float = _hp(
         0.0, "decay of the teacher's moving average; 0 shares the student's weights, as in the paper", 0, 1
     )
-    cut_to_box: bool = _hp(False, "cut pseudo labels to the given box; not in the paper, only with box prompts")
+    cut_to_box: bool = _hp(False, "wesam: cut pseudo labels to the given box; not in the paper, only with boxes")
     confidence: float = _hp(
         0.9, "soft-teacher, tribe: cells of which the teacher is less sure than this teach nothing", 0.5, 0.999
     )
