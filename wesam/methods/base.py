@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from wesam import losses as L
 from wesam.adapters import AdaptedSam
 from wesam.config import Config, Value
 from wesam.prompts import Prompts, tight_boxes
+from wesam.sam.promptable import decode, encode
 
 
 @dataclass(frozen=True)
@@ -67,3 +69,27 @@ def regions(batch: Batch) -> Tensor:
         return given_boxes(batch)
     boxes = tight_boxes(batch.anchor_masks.cpu()).to(batch.image.device)
     return L.box_masks(boxes, batch.anchor_masks.shape[-1], 1.0)
+
+
+@dataclass(frozen=True)
+class Branches:
+    """What a teacher that gets no gradient sees in the weak view, and the student in the strong one."""
+
+    seen: Tensor
+    """[B, C, g, g]: the teacher's feature maps."""
+    teacher: Tensor
+    """[N, m, m]: the teacher's logits."""
+    features: Tensor
+    """[B, C, g, g]: the student's feature maps."""
+    student: Tensor
+    """[N, m, m]: the student's logits."""
+
+
+def branches(model: AdaptedSam, batch: Batch, student: list[Prompts]) -> Branches:
+    """Both branches; student: the prompts that the student is given."""
+    with model.autocast():
+        with torch.no_grad():
+            seen = encode(model.teacher, batch.weak)
+            teacher = decode(model.teacher, seen, batch.prompts).logits
+        features = encode(model.sam, batch.strong)
+        return Branches(seen, teacher, features, decode(model.sam, features, student).logits)

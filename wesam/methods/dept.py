@@ -19,24 +19,18 @@ from torch.nn import functional as F
 from wesam import losses as L
 from wesam.adapters import AdaptedSam
 from wesam.config import Config
-from wesam.methods.base import Batch, Method
-from wesam.sam.promptable import decode, encode
+from wesam.methods.base import Batch, Method, branches
 
 
 def losses(model: AdaptedSam, batch: Batch, config: Config) -> dict[str, Tensor]:
     """Cross-entropy and dice against the voted labels, and the distance of the features, each [N]."""
     c = config.loss
-    with model.autocast():
-        with torch.no_grad():
-            seen = encode(model.teacher, batch.weak)
-            teacher = decode(model.teacher, seen, batch.prompts).logits
-        features = encode(model.sam, batch.strong)
-        student = decode(model.sam, features, batch.noisy).logits
-    labels = voted(seen, teacher.sigmoid(), batch.image, config.teacher.neighbours) > 0.5
-    mine, theirs = (L.pooled(f, batch.image, labels) for f in (features, seen))
+    b = branches(model, batch, batch.noisy)
+    labels = voted(b.seen, b.teacher.sigmoid(), batch.image, config.teacher.neighbours) > 0.5
+    mine, theirs = (L.pooled(f, batch.image, labels) for f in (b.features, b.seen))
     return {
-        "cross_entropy": L.balanced(student, labels),
-        "dice": c.dice * L.dice(student, labels),
+        "cross_entropy": L.balanced(b.student, labels),
+        "dice": c.dice * L.dice(b.student, labels),
         "consistency": c.consistency * (1 - F.cosine_similarity(mine, theirs)) * labels.any((1, 2)),
     }
 

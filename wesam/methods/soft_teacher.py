@@ -18,26 +18,23 @@ from torch import Tensor
 from wesam import losses as L
 from wesam.adapters import AdaptedSam
 from wesam.config import Config
-from wesam.methods.base import Batch, Method
-from wesam.sam.promptable import decode, encode
+from wesam.methods.base import Batch, Method, branches
+from wesam.sam.promptable import decode
 
 
 def losses(model: AdaptedSam, batch: Batch, config: Config) -> dict[str, Tensor]:
     """Weighted cross-entropy and dice against the teacher's masks, each [N]."""
     c = config.loss
-    with model.autocast():
-        with torch.no_grad():
-            seen = encode(model.teacher, batch.weak)
-            teacher = decode(model.teacher, seen, batch.prompts).logits
-            jittered = decode(model.teacher, seen, batch.noisy).logits
-        student = decode(model.sam, encode(model.sam, batch.strong), batch.prompts).logits
-    mask, other = teacher > 0, jittered > 0
+    b = branches(model, batch, batch.prompts)
+    with torch.no_grad(), model.autocast():
+        jittered = decode(model.teacher, b.seen, batch.noisy).logits
+    mask, other = b.teacher > 0, jittered > 0
     reliable = (mask & other).sum((1, 2)) / (mask | other).sum((1, 2)).clamp(min=1)
-    sure = (teacher.sigmoid() > config.teacher.confidence).float()
-    weight = torch.where(mask, sure, 1 - teacher.sigmoid())
+    sure = (b.teacher.sigmoid() > config.teacher.confidence).float()
+    weight = torch.where(mask, sure, 1 - b.teacher.sigmoid())
     return {
-        "cross_entropy": reliable * L.balanced(student, mask, weight),
-        "dice": c.dice * reliable * L.dice(student, mask),
+        "cross_entropy": reliable * L.balanced(b.student, mask, weight),
+        "dice": c.dice * reliable * L.dice(b.student, mask),
     }
 
 

@@ -14,27 +14,22 @@ masks, so the distance is that to a mask.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from wesam import losses as L
 from wesam.adapters import AdaptedSam
 from wesam.config import Config
-from wesam.methods.base import Batch, Method
-from wesam.sam.promptable import decode, encode
+from wesam.methods.base import Batch, Method, branches
 
 
 def losses(model: AdaptedSam, batch: Batch, config: Config) -> dict[str, Tensor]:
     """Balanced cross-entropy against the sure part of the teacher's masks, and distance to the anchor's, each [N]."""
     c = config.loss
-    with model.autocast():
-        with torch.no_grad():
-            teacher = decode(model.teacher, encode(model.teacher, batch.weak), batch.prompts).logits
-        student = decode(model.sam, encode(model.sam, batch.strong), batch.noisy).logits
-    sure = ((2 * teacher.sigmoid() - 1).abs() > 2 * config.teacher.confidence - 1).float()
-    far = (student.sigmoid() - batch.anchor_masks.float()) ** 2
+    b = branches(model, batch, batch.noisy)
+    sure = ((2 * b.teacher.sigmoid() - 1).abs() > 2 * config.teacher.confidence - 1).float()
+    far = (b.student.sigmoid() - batch.anchor_masks.float()) ** 2
     return {
-        "cross_entropy": L.balanced(student, teacher > 0, sure),
+        "cross_entropy": L.balanced(b.student, b.teacher > 0, sure),
         "anchor": c.anchor * far.mean((1, 2)),
     }
 

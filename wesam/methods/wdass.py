@@ -20,9 +20,8 @@ from torch.nn import functional as F
 from wesam import losses as L
 from wesam.adapters import AdaptedSam
 from wesam.config import Config
-from wesam.methods.base import Batch, Method, given_boxes, regions
+from wesam.methods.base import Batch, Method, branches, given_boxes, regions
 from wesam.prompts import Prompts
-from wesam.sam.promptable import decode, encode
 
 AROUND = 2
 """How far a click decides, and how far beyond a coarse mask an object may reach, in cells of the mask."""
@@ -31,18 +30,13 @@ AROUND = 2
 def losses(model: AdaptedSam, batch: Batch, config: Config) -> dict[str, Tensor]:
     """Cross-entropy and dice against the corrected labels, and the contrastive loss, each [N]."""
     c = config.loss
-    with model.autocast():
-        with torch.no_grad():
-            seen = encode(model.teacher, batch.weak)
-            teacher = decode(model.teacher, seen, batch.prompts).logits
-        features = encode(model.sam, batch.strong)
-        student = decode(model.sam, features, batch.noisy).logits
-    labels = corrected(teacher > 0, batch)
+    b = branches(model, batch, batch.noisy)
+    labels = corrected(b.teacher > 0, batch)
     beside = regions(batch) & ~labels
     return {
-        "cross_entropy": L.balanced(student, labels),
-        "dice": c.dice * L.dice(student, labels),
-        "contrastive": c.contrastive * to_prototypes(features, labels, beside, batch, c.temperature),
+        "cross_entropy": L.balanced(b.student, labels),
+        "dice": c.dice * L.dice(b.student, labels),
+        "contrastive": c.contrastive * to_prototypes(b.features, labels, beside, batch, c.temperature),
     }
 
 
