@@ -91,6 +91,11 @@ SHARED = (
 """Fields of Config that are not a method's own: its data and its budget, the same for all that are compared."""
 
 
+def shared(config: Config) -> dict[str, Value]:
+    """The configuration's fields in :data:`SHARED`."""
+    return {k: v for k, v in config.flat().items() if k in SHARED}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A study: its domains, its budget, its space."""
@@ -141,14 +146,12 @@ class Plan:
         The reference ``paper`` shares nothing with the study but its budget: steps, batch, evaluations, seed.
         """
         if reference == "paper":
-            return preset("paper").replace({k: v for k, v in self.base.flat().items() if k in SHARED})
+            return preset("paper").replace(shared(self.base))
         return self.base.replace(point)
 
     def supervised(self) -> Config:
         """The upper reference: the model's defaults for training on real masks, with the study's budget."""
-        return method_preset(self.model, "supervised").replace(
-            {k: v for k, v in self.base.flat().items() if k in SHARED}
-        )
+        return method_preset(self.model, "supervised").replace(shared(self.base))
 
     def bolder(self) -> dict[str, Value] | None:
         """The point of the space that is nearest to the method's bolder configuration; None where it has none."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from tuning.plan import SHARED, STUDY_KEYS, checked_name, load_domains
+from tuning.plan import STUDY_KEYS, checked_name, load_domains, shared
 from tuning.space import Space, make_space
 from wesam.adapt import checked
 from wesam.config import PRESETS, Config, PromptKind, Value, preset
@@ -127,8 +127,7 @@ class Plan:
     def config(self, row: Row, prompt: PromptKind) -> Config:
         """A row's configuration before any search, with the seed of its search."""
         config = method_preset(self.model, row.method or "wesam")
-        shared = {k: v for k, v in self.base.flat().items() if k in SHARED}
-        config = config.replace({**shared, "steps": self.steps, "prompt": prompt})
+        config = config.replace({**shared(self.base), "steps": self.steps, "prompt": prompt})
         return config.parse(list(self.fixed)).replace(row.changes)
 
     def space(self, row: Row, prompt: PromptKind) -> Space:

@@ -91,7 +91,6 @@ class Data:
 BACKLOG = 2000
 """Records that may wait for MLflow; who has more waits until there is room, or memory would be the limit."""
 
-
 PAGE = 500
 """Runs that MLflow is asked for at once."""
 
