@@ -19,7 +19,7 @@ from tuning.space import Space, fixed, make_space, space_from_dict, space_to_dic
 from wesam.config import BOXES, Config, Objective, PromptKind, Value, preset
 from wesam.data import Domain, load_domain, located
 from wesam.errors import InputError, at, one_of
-from wesam.methods import checked_method, get_method, method_preset
+from wesam.methods import check_read, checked_method, get_method, method_preset
 from wesam.sam import find_model, model_names
 
 REFERENCES = ("paper", "defaults")
@@ -381,8 +381,10 @@ def _check_numbers(settings: Mapping[str, Any], base: Config) -> None:
 
 
 def _check_method(base: Config, space: Space) -> None:
-    for method in space["method"].choices if "method" in space else (base.method,):
+    methods = space["method"].choices if "method" in space else (base.method,)
+    for method in methods:
         checked_method(base.replace({"method": method}))
+    check_read(base, map(str, methods), space)
     for path in ("loss.tightness", "teacher.cut_to_box"):
         if path in space and base.prompt not in BOXES:
             raise InputError(f"{path} needs given boxes: use --prompt {' or '.join(BOXES)}")

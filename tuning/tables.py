@@ -14,7 +14,7 @@ from wesam.config import PRESETS, Config, PromptKind, Value, preset
 from wesam.data import Domain, load_domain, located
 from wesam.drawings import Drawing, drawable
 from wesam.errors import InputError, one_of
-from wesam.methods import METHODS, get_method, method_preset
+from wesam.methods import METHODS, check_read, get_method, method_preset
 from wesam.sam import find_model, model_names
 
 Kind = Literal["methods", "losses", "cross", "modules", "long"]
@@ -303,6 +303,7 @@ def _methods(kind: str, given: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _check(plan: Plan, domains: Sequence[Domain]) -> None:
+    check_read(plan.base, [row.method for row in rows(plan) if row.method])
     for row in rows(plan):
         for path in row.changes:
             if any(text.partition("=")[0] == path for text in plan.fixed):

@@ -21,7 +21,7 @@ from wesam.console import line, table, write_json
 from wesam.data import Domain
 from wesam.errors import InputError
 from wesam.memory import reckon
-from wesam.methods import method_preset
+from wesam.methods import check_read, method_preset
 from wesam.options import given_domain
 from wesam.sam import REGISTRY, load_sam, random_sam
 
@@ -34,6 +34,7 @@ def run_adapt(args: argparse.Namespace) -> None:
     else:
         start = preset(args.preset) if args.preset else method_preset(args.model, args.method or "wesam")
     config = start.replace(_changes(args)).parse(_set(args))
+    check_read(config, [config.method])
     checked(domain, config)
     vanished = _vanished(sam, domain, [config])
     _writable(args.out)
@@ -73,6 +74,7 @@ def run_compare(args: argparse.Namespace) -> None:
     sam, domain = load_sam(args.model).to(args.device), given_domain(args)
     changes = _changes(args)
     configs = {m: method_preset(args.model, m).replace(changes).parse(_set(args)) for m in args.methods}
+    check_read(next(iter(configs.values())), configs)
     _vanished(sam, domain, configs.values())
     row = {
         "domain": domain.name, "model": args.model, "prompt": args.prompt, "crop": next(iter(configs.values())).crop,
@@ -87,6 +89,7 @@ def run_cross(args: argparse.Namespace) -> None:
     sam, domain = load_sam(args.model).to(args.device), given_domain(args)
     start = method_preset(args.model, args.method)
     configs = {k: start.replace({"prompt": k, **_changes(args)}).parse(_set(args)) for k in args.prompts}
+    check_read(next(iter(configs.values())), [args.method])
     _vanished(sam, domain, configs.values())
     rows = cross(sam, domain, configs, _seeds(args), watch=lambda text: print(text, flush=True))
     columns = [k for k, v in rows[-1].items() if not isinstance(v, list)]

@@ -102,6 +102,16 @@ def test_box_aids_are_searched_only_with_boxes() -> None:
         plan(["loss.tightness=1"], prompt="point")
 
 
+def test_what_the_method_does_not_read_is_neither_set_nor_searched() -> None:
+    axis = {"type": "float", "low": 0.0, "high": 1.0}
+    for given in ({"set": {"loss.tightness": 1.0}}, {"space": {"loss.tightness": axis}}):
+        with pytest.raises(InputError, match=r"loss.tightness has no effect on wesam\+: it is for wesam") as refused:
+            plan([], **given)
+        assert refused.value.at == (*given, "loss.tightness")
+    both = {"method": {"choices": ["wesam", "wesam+"]}, "loss.tightness": axis, "loss.label": {}}
+    assert both.keys() <= plan([], space=both).space.keys()
+
+
 def test_what_is_given_a_value_is_not_searched() -> None:
     made = plan(["lora.rank=8"], set={"views.strength": 0.5}, space={"optim.lr": 1e-3})
     assert not {"lora.rank", "views.strength", "optim.lr"} & set(made.space)

@@ -313,7 +313,7 @@ def test_a_study_where_only_boxes_are_known(small: Path, tmp_path: Path, tracker
         (boxes / f"{split}.json").write_text(json.dumps(found))
     plan = make_plan(
         {"name": "s", "domains": [str(boxes)], "trials": 3, "steps": 15, "seeds": 1, "storage": str(tmp_path / "runs")},
-        ["eval_every=5", "optim.batch_size=2", "optim.lr=0.002", "loss.tightness=5", "loss.focal=0"],
+        ["eval_every=5", "optim.batch_size=2", "optim.lr=0.002", "loss.label=5", "loss.focal=0"],
     )
     (row,) = new_study(plan, tracker)["domains"]
     assert "error" not in row, row

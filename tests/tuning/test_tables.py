@@ -267,6 +267,7 @@ def test_a_search_begins_with_the_defaults_is_chosen_on_val_and_finds_its_trials
         ({"kind": "losses", "methods": ["supervised"]}, "of wesam alone"),
         ({"kind": "losses", "fixed": ["loss.anchor=1"]}, "the rows of the table losses differ in it"),
         ({"fixed": ["seed=1"]}, "seed is an option of its own"),
+        ({"methods": ["tent"], "fixed": ["loss.label=1"]}, "loss.label has no effect on tent: it is for wesam+"),
         ({"seeds": 0}, "--seeds must be at least 1"),
         ({"domains": ["clan"]}, "unknown domain 'clan'"),
         ({"name": "a/b"}, "--name 'a/b'"),

@@ -197,6 +197,14 @@ def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
         ("adapt --domain clean --out {tmp}/a --method wesm", "did you mean 'wesam'"),
         ("adapt --domain clean --out {tmp}/a --steps 0", "steps must lie in"),
         ("adapt --domain clean --prompt point --out {tmp}/a --steps 1 --set loss.tightness=1", "needs given boxes"),
+        (
+            "adapt --domain clean --out {tmp}/a --set loss.label=1",
+            "no effect on wesam: it is for wesam+",
+        ),
+        (
+            "compare --domain clean --methods tent dept --set loss.pseudo=1",
+            "no effect on tent and dept: it is for shot",
+        ),
         ("adapt --domain clean --out {tmp}/file/a", "cannot write to"),
         ("predict no.png --box 1,2,3,4 --out {tmp}/m.png", "cannot read the image no.png"),
         ("predict {tmp}/i.png --box 1,2,3 --out {tmp}/m.png", "expected a box x0,y0,x1,y1, got '1,2,3'"),

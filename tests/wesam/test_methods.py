@@ -53,6 +53,7 @@ def test_every_method_learns_from_every_kind_of_weak_label(sam: Sam, two: Domain
 @pytest.mark.parametrize("name", METHODS)
 def test_what_a_method_says_is_searched_is_a_hyperparameter(name: str) -> None:
     assert set(METHODS[name].searched) <= Config().flat().keys()
+    assert set(METHODS[name].own) <= Config().flat().keys()
     preset = method_preset("nano", name)
     assert preset.method == name
     assert all(preset.flat()[k] == v for k, v in METHODS[name].defaults.items())

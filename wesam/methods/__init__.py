@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from wesam.config import BOXES, PRESETS, Config, preset
-from wesam.errors import InputError, unknown
+from wesam.errors import InputError, at, unknown
 from wesam.methods import dept, shot, soft_teacher, supervised, tent, tribe, wdass, wesam, wesam_plus
 from wesam.methods.base import Batch, Method
 
@@ -29,6 +31,17 @@ def method_preset(model: str, method: str) -> Config:
     return preset(model if model in PRESETS else "paper").replace(changes)
 
 
+def check_read(config: Config, methods: Iterable[str], searched: Iterable[str] = ()) -> None:
+    """Raises InputError for what is changed, or searched, and read by other methods alone."""
+    names, flat, published = tuple(methods), config.flat(), Config().flat()
+    read = {path for name in names for path in get_method(name).own}
+    for path in sorted({path for m in METHODS.values() for path in m.own} - read):
+        if flat[path] != published[path] or path in searched:
+            readers = [name for name, m in METHODS.items() if path in m.own]
+            with at("space" if path in searched else "set", path):
+                raise InputError(f"{path} has no effect on {' and '.join(names)}: it is for {' and '.join(readers)}")
+
+
 def checked_method(config: Config) -> Method:
     """The method of this configuration; raises InputError if it cannot train on this kind of prompt."""
     method = get_method(config.method)
@@ -40,4 +53,4 @@ def checked_method(config: Config) -> Method:
     return method
 
 
-__all__ = ["METHODS", "Batch", "Method", "checked_method", "get_method", "method_preset"]
+__all__ = ["METHODS", "Batch", "Method", "check_read", "checked_method", "get_method", "method_preset"]

@@ -48,6 +48,8 @@ class Method:
     note: str
     searched: tuple[str, ...]
     """The hyperparameters that it reads, by dotted path, as far as they are worth searching."""
+    own: tuple[str, ...] = ()
+    """Those that most other methods do not read: set or searched for these, they would have no effect."""
     defaults: Mapping[str, Value] = field(default_factory=dict)
     """In what its configuration differs from the model's own."""
     bolder: Mapping[str, Value] = field(default_factory=dict)

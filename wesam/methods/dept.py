@@ -59,5 +59,6 @@ METHOD = Method(
         "optim.lr", "optim.weight_decay", "loss.dice", "loss.consistency", "teacher.decay", "teacher.neighbours",
         "views.strength",
     ),
-    {"train": "prompts", "teacher.decay": 0.97},
+    own=("loss.consistency", "teacher.neighbours"),
+    defaults={"train": "prompts", "teacher.decay": 0.97},
 )  # fmt: skip

@@ -68,5 +68,6 @@ METHOD = Method(
     (
         "lora.rank", "lora.alpha_ratio", "optim.lr", "loss.entropy", "loss.diversity", "loss.pseudo",
     ),
-    {"lora.targets": "encoder"},
+    own=("loss.entropy", "loss.diversity", "loss.pseudo"),
+    defaults={"lora.targets": "encoder"},
 )  # fmt: skip

@@ -45,5 +45,6 @@ METHOD = Method(
         "lora.rank", "lora.alpha_ratio", "lora.targets", "optim.lr", "loss.dice", "teacher.decay", "teacher.confidence",
         "views.strength", "views.prompt_noise",
     ),
-    {"teacher.decay": 0.97, "views.prompt_noise": 0.06},
+    own=("teacher.confidence",),
+    defaults={"teacher.decay": 0.97, "views.prompt_noise": 0.06},
 )  # fmt: skip

@@ -30,5 +30,6 @@ METHOD = Method(
     losses,
     "entropy of the masks over the norms' parameters (ICLR 2021)",
     ("optim.lr", "optim.weight_decay"),
-    {"train": "norms"},
+    own=("loss.entropy",),
+    defaults={"train": "norms"},
 )

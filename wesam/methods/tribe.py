@@ -40,5 +40,6 @@ METHOD = Method(
     (
         "optim.lr", "optim.weight_decay", "loss.anchor", "teacher.decay", "teacher.confidence", "views.strength",
     ),
-    {"train": "norms", "teacher.decay": 0.97, "loss.anchor": 0.5},
+    own=("teacher.confidence",),
+    defaults={"train": "norms", "teacher.decay": 0.97, "loss.anchor": 0.5},
 )  # fmt: skip

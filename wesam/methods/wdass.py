@@ -83,5 +83,5 @@ METHOD = Method(
         "lora.rank", "lora.alpha_ratio", "lora.targets", "optim.lr", "loss.dice", "loss.contrastive",
         "loss.temperature", "teacher.decay", "views.strength",
     ),
-    {"teacher.decay": 0.97},
+    defaults={"teacher.decay": 0.97},
 )  # fmt: skip

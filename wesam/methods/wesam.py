@@ -72,4 +72,5 @@ METHOD = Method(
     losses,
     "self-training with teacher, anchor and contrastive loss (CVPR 2024)",
     (*SEARCHED, "loss.tightness", "teacher.cut_to_box"),
+    own=("loss.tightness", "teacher.cut_to_box"),
 )

@@ -65,6 +65,7 @@ METHOD = Method(
     losses,
     "WeSAM with the weak label as a loss and pseudo labels that do not contradict it (ours)",
     (*SEARCHED, "loss.label"),
-    {"loss.anchor": 0.1},
+    own=("loss.label",),
+    defaults={"loss.anchor": 0.1},
     bolder={"lora.targets": "encoder+decoder", "optim.lr": 2e-3, "teacher.decay": 0.97},
 )
