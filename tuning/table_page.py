@@ -14,6 +14,7 @@ from tuning.plan import shown
 from tuning.report import share
 from tuning.table_words import distinct, words
 from tuning.tables import LONGER, Column, Kind, Plan, title_of
+from wesam.config import Config
 from wesam.methods import METHODS
 
 CAPTIONS: dict[Kind, str] = {
@@ -212,8 +213,10 @@ def _rows(block: Block) -> list[dict[str, Any]]:
 
 
 def _cell(cell: Cell) -> Mapping[str, Any]:
+    published = Config()
+    config = published.parse([f"{k}={v}" for k, v in cell.params.items()]).flat()
     about = {k: cell.tags.get(k) for k in ("hardware", "chosen_on", "trials", "mlflow.source.git.commit")}
     return {
         "name": cell.name, "seed": cell.seed, "run_id": cell.run_id, **about,
-        "metrics": dict(cell.metrics), "config": dict(cell.params),
+        "metrics": dict(cell.metrics), "config": {k: v for k, v in config.items() if v != published.flat()[k]},
     }  # fmt: skip

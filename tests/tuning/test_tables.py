@@ -13,6 +13,7 @@ from tuning import table_page
 from tuning.cells import Wanted, work
 from tuning.entries import Cell, blocks, check_cells, check_disjoint
 from tuning.tables import Group, Plan, groups, make_plan, rows
+from wesam.config import Config
 from wesam.data import Domain, Split, load_domain
 from wesam.errors import InputError
 from wesam.methods import METHODS, get_method
@@ -142,6 +143,8 @@ def test_latex_and_data() -> None:
     assert entry["values"] == pytest.approx([0.64, 0.65, 0.66])
     assert (entry["mark"], entry["sd"]) == ("best", pytest.approx(0.01))
     assert len(found["cells"]) == sum(len(c) for c in cells.values())
+    for written, one in zip(found["cells"], (c for of in cells.values() for c in of), strict=True):
+        assert {k: str(v) for k, v in Config().replace(written["config"]).flat().items()} == one.params
 
 
 def test_losses_are_switched_off_one_by_one_with_and_without_labels() -> None:
