@@ -162,7 +162,7 @@ def latex(plan: Plan, cells: Cells) -> str:
     lines = [
         f"% {shown(about.command)}", f"% commit {', '.join(about.commits)}; {about.dates}; {'; '.join(about.hardware)}",
         r"\begin{table}", r"\centering", rf"\caption{{{escaped(CAPTIONS[plan.kind])}}}", rf"\label{{tab:{plan.kind}}}",
-        rf"\begin{{tabular}}{{l{'r' * len(heads)}}}", r"\toprule",
+        rf"\begin{{tabular}}{{{'l' * (1 + len(heads))}}}", r"\toprule",
         " & ".join(["", *(escaped(c.title) for c in heads)]) + r" \\",
     ]  # fmt: skip
     for block in parts:
