@@ -61,6 +61,7 @@ def _parser() -> Parser:
         "--domain", action="append", dest="domains", metavar="D",
         help=f"{DOMAIN_HELP}; may be repeated",
     )  # fmt: skip
+    p.add_argument("--domains", nargs="+", action="extend", metavar="D", help="the same for several in a row")
     p.add_argument("--data", metavar="ROOT", help="where the published data sets lie (default: $WESAM_DATA)")
     p.add_argument("--prompt", metavar="KIND", help=f"{PROMPT_HELP} (default: box)")
     p.add_argument("--model", help=f"one of {', '.join(model_names())}, or a file with weights of one (default: nano)")

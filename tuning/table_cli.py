@@ -22,7 +22,9 @@ OPTIONS = ("domains", "name", "model", "prompts", "methods", "seeds", "trials", 
 def add_options(p: argparse.ArgumentParser) -> None:
     """The options of the command, beside those that all commands have."""
     p.add_argument("kind", metavar="TABLE", help=f"one of {', '.join(get_args(Kind))}")
-    p.add_argument("--domains", nargs="+", required=True, metavar="D", help=DOMAIN_HELP)
+    p.add_argument(
+        "--domains", "--domain", nargs="+", action="extend", required=True, metavar="D", help=DOMAIN_HELP
+    )  # fmt: skip
     p.add_argument("--data", default="", metavar="ROOT", help="where published data sets lie (default: $WESAM_DATA)")
     p.add_argument("--name", help="the table's name in MLflow (default: table-TABLE)")
     p.add_argument(
