@@ -133,7 +133,10 @@ def pareto(trials: Sequence[Trial], costs: Sequence[str], direct: float, score: 
 
 
 def parallel_coordinates(trials: Sequence[Trial], space: Space, direct: float, score: str) -> str | None:
-    """Each trial as a line over its hyperparameters and its score, which is its colour; the best one stands out."""
+    """Each trial as a line over its hyperparameters and its score, which is its colour; the best one stands out.
+
+    What the space does not hold has only its score: Direct and, where it is of another method, the paper's trial.
+    """
     inside = sorted((t for t in trials if t.point), key=lambda t: t.best)
     if len(inside) < 2 or not space:
         return None
@@ -155,6 +158,11 @@ def parallel_coordinates(trials: Sequence[Trial], space: Space, direct: float, s
                 text = f"{value:.4g}" if isinstance(value, float) else str(value).replace("+", "+\n")
                 axes.text(n + 0.05, place, text, fontsize=6, va="center", bbox=_BACKGROUND)
                 shown = place
+    paper = [("paper's", t.best) for t in trials if t.reference == "paper" and not t.point]
+    for text, value in [("Direct", direct), *paper]:
+        place = min(max(last.place(value), 0), 1)
+        axes.plot(len(space), place, marker="D", markersize=4, color="black")
+        axes.text(len(space) - 0.06, place, text, fontsize=6, va="center", ha="right", bbox=_BACKGROUND)
     axes.set_xticks(range(len(axes_of)), [name.replace(".", ".\n") for name in axes_of], fontsize=6.5)
     axes.set_yticks([])
     axes.spines[:].set_visible(False)
