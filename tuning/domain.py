@@ -49,6 +49,7 @@ class DomainSearch(threading.Thread):
         self.rows: list[Row] = [{"domain": t.name, "error": "did not run"} for t in targets]
         self.trials: list[Trial] = []
         self._listener: Listener | None = None
+        self._place = context.places.of(name)
 
     def waiting(self) -> bool:
         """Whether a trial is running that has not yet written a checkpoint because the end is near."""
@@ -56,6 +57,12 @@ class DomainSearch(threading.Thread):
 
     def run(self) -> None:
         """Searches, judges, registers."""
+        try:
+            self._run()
+        finally:
+            self._place.end()
+
+    def _run(self) -> None:
         c = self._c
         if self._before is not None and self._before.info.status == "FINISHED" and self._is_done(self._before):
             done = [t.before for t in self._targets if t.before is not None]
@@ -152,14 +159,15 @@ class DomainSearch(threading.Thread):
             setting = Setting(plan=plan, direct={t.given: t.direct for t in self._targets}, resources=resources)
             self._listener = Listener(
                 plan, c.tracker, c.board, run, self._tags, direct, max((t.best for t in done), default=start),
-                scheduler.stopped, c.budget, c.stop,
+                scheduler.stopped, c.budget, c.stop, self._place,
             )  # fmt: skip
             outside = [r for r in missing if r not in held]
             search = Search(
-                plan, self._study, left, outside, unfinished, confirmation, c.budget, scheduler.stopped
+                plan, self._study, left, outside, unfinished, confirmation, c.budget, scheduler.stopped, self._place
             )  # fmt: skip
-            _tuner(setting, self.name, count, c.side_by_side, search, scheduler, self._listener).fit()
+            _tuner(setting, self.name, count, c.places.side_by_side, search, scheduler, self._listener).fit()
             c.tracker.flush()
+        self._place.end()
         self.trials = trials(c.tracker, run.id)
         catch_up(self._study, plan, self.trials, ())  # one that had failed before and was gone on with
 

@@ -19,6 +19,7 @@ from ray.tune.experiment import Trial
 from tuning import joint
 from tuning.budget import Budget
 from tuning.checkpoint import folder_of, progress_of
+from tuning.places import Place
 from tuning.plan import MARGIN, Plan
 from tuning.progress import Board
 from tuning.tracking import Run, Tracker
@@ -100,6 +101,7 @@ class Listener(tune.Callback):
     def __init__(
         self, plan: Plan, tracker: Tracker, board: Board, domain: Run, tags: Mapping[str, str],
         direct: Mapping[str, Scores], best: float, stopped: Mapping[str, str], budget: Budget, stop: threading.Event,
+        place: Place,
     ) -> None:  # fmt: skip
         """domain: its run. tags: of all trials. direct: the source model on val, by domain. best: the best score of
         trials of an earlier run. stopped: what the scheduler has stopped, by trial, and why.
@@ -107,7 +109,7 @@ class Listener(tune.Callback):
         self._plan, self._tracker, self._board, self._domain = plan, tracker, board, domain
         self._direct, self._start, self._word = direct, joint.score(plan, direct, direct), joint.word(plan, direct)
         self._best = max(best, self._start + MARGIN)
-        self._stopped, self._budget, self._stop, self._tags = stopped, budget, stop, tags
+        self._stopped, self._budget, self._stop, self._tags, self._place = stopped, budget, stop, tags, place
         self._seen: dict[str, _Seen] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,6 +128,7 @@ class Listener(tune.Callback):
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial begins, or begins again."""
         self._budget.begin(self._domain.name, trial.trial_id)
+        self._place.begun()
         if trial.trial_id not in self._seen:
             self._begin(trial.config, trial.trial_id)
 

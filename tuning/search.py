@@ -11,6 +11,7 @@ from ray.tune.search import Searcher
 
 from tuning.budget import Budget
 from tuning.confirm import Confirmation, Proposal
+from tuning.places import Place
 from tuning.plan import Plan
 from tuning.proposals import Running, propose
 from tuning.sampler import SEARCHED, Point, decoded, ended
@@ -28,13 +29,14 @@ class Search(Searcher):
     def __init__(
         self, plan: Plan, study: optuna.Study, numbers: Sequence[int], references: Sequence[str],
         unfinished: Sequence[Proposal], confirmation: Confirmation, budget: Budget, stopped: Mapping[str, str],
+        place: Place,
     ) -> None:  # fmt: skip
         """numbers: of the new trials. references: those still to be run that the space does not hold, which Optuna
         never sees. unfinished: trials of an earlier run, to go on with. confirmation: what comes beside and after the
         search, on whatever budget. stopped: what the scheduler has stopped, by trial, and why.
         """
         super().__init__(metric=METRIC, mode="max")
-        self._plan, self._study, self._budget, self._stopped = plan, study, budget, stopped
+        self._plan, self._study, self._budget, self._stopped, self._place = plan, study, budget, stopped, place
         self._numbers, self._references, self._unfinished = list(numbers), list(references), list(unfinished)
         self._lost = {n: t for n, t in ended(study, plan).items() if n in numbers}
         """Trials of which Optuna has the result, but MLflow nothing: its driver was killed. They are run again."""
@@ -54,7 +56,15 @@ class Search(Searcher):
         """Nothing: as :meth:`save`."""
 
     def suggest(self, trial_id: str) -> Any:
-        """The next trial's proposal; None while that depends on trials that have not ended; or that there is none."""
+        """The next trial's proposal; None while that depends on other trials; or that there is none."""
+        if not self._place.take(trial_id):
+            return None
+        found = self._suggest(trial_id)
+        if not isinstance(found, dict):
+            self._place.leave(trial_id)
+        return found
+
+    def _suggest(self, trial_id: str) -> Any:
         if self._unfinished:
             found: Proposal | None = self._go_on(trial_id, self._unfinished.pop(0))
         elif self._numbers and not self._budget.over():
@@ -106,6 +116,7 @@ class Search(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Tells Optuna, and what confirms the search, how a trial has ended."""
+        self._place.leave(trial_id)
         proposal = self._live.pop(trial_id, None)
         if proposal and not error and result and METRIC in result:
             self._confirmation.learn(proposal["number"], result[METRIC], proposal["config"])

@@ -19,6 +19,7 @@ from tuning.claim import held, refuse_second
 from tuning.conclusion import RESULT
 from tuning.domain import DomainSearch, failed_midway
 from tuning.joint import JOINT
+from tuning.places import Places
 from tuning.plan import BUDGET, HIDDEN, Plan, load_domains, shown
 from tuning.progress import Board
 from tuning.sampler import open_storage, open_study
@@ -142,9 +143,8 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
     slots = runtime.slots(plan.workers, plan.gpus_per_worker)
     run = tracker.start(plan.name, "study", None, study_tags(plan)) if stored is None else tracker.reopen(stored)
     board = Board(list(searched), [d.name for d in domains], plan.trials, plan.base.steps)
-    side_by_side = min(slots, max(2, -(-slots // len(searched))))
     stop = threading.Event()
-    context = Context(plan, tracker, board, run, side_by_side, budget, stop)
+    context = Context(plan, tracker, board, run, Places(slots, searched), budget, stop)
     count = f"{len(domains)} domain{'s' if len(domains) > 1 else ''}{' jointly' if plan.joint else ''}"
     per = "" if plan.joint else " each"
     board.say(

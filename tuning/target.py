@@ -10,6 +10,7 @@ from mlflow.entities import Run as Stored
 
 from tuning import judge
 from tuning.budget import Budget
+from tuning.places import Places
 from tuning.plan import WORDS, Plan
 from tuning.progress import Board
 from tuning.tracking import Data, Run, Tracker, environment
@@ -24,8 +25,7 @@ class Context:
     tracker: Tracker
     board: Board
     run: Run
-    side_by_side: int
-    """Trials of a search at once."""
+    places: Places
     budget: Budget
     stop: threading.Event
 

@@ -42,6 +42,7 @@ from tuning import runtime
 from tuning.budget import Budget
 from tuning.checkpoint import DIGESTS, PROGRESS_FILE
 from tuning.domain import DomainSearch
+from tuning.places import Places
 from tuning.plan import make_plan
 from tuning.progress import Board
 from tuning.sampler import open_storage, open_study
@@ -212,7 +213,7 @@ def measure(
     tracker = Tracker(uri or f"sqlite:///{folder / 'mlflow.db'}")
     run = tracker.start(plan.name, "study", None, study_tags(plan))
     board = Meter(tracker)
-    context = Context(plan, tracker, board, run, slots, Budget(plan), threading.Event())
+    context = Context(plan, tracker, board, run, Places(slots, [DOMAIN]), Budget(plan), threading.Event())
     study: optuna.Study = open_study(plan, DOMAIN, open_storage(plan.optuna_url()))
     search = DomainSearch(context, DOMAIN, plan.domains, study, {})
     (target,) = search._targets

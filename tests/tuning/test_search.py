@@ -16,6 +16,7 @@ from ray.tune.search import Searcher
 from tuning import sampler
 from tuning.budget import Budget
 from tuning.confirm import Confirmation, winner
+from tuning.places import Place, Places
 from tuning.plan import REFERENCES, Plan, make_plan, shown
 from tuning.proposals import near, propose
 from tuning.replay import _NOTHING_RUNS, Past, Replayed, _Trial, replay, tell
@@ -43,6 +44,10 @@ def make(tmp_path: Path, method: str = "wesam", **settings: Any) -> Plan:
     return make_plan({**given, **settings}, ["eval_every=2", f"method={method}"])
 
 
+def alone() -> Place:
+    return Places(9, ["camouflaged"]).of("camouflaged")
+
+
 def begin(plan: Plan, **changed: Any) -> tuple[Search, optuna.Study, dict[str, str]]:
     study = open_study(plan, "camouflaged", open_storage(plan.optuna_url()))
     enqueue(study, plan, REFERENCES)
@@ -50,7 +55,7 @@ def begin(plan: Plan, **changed: Any) -> tuple[Search, optuna.Study, dict[str, s
     outside = [r for r in REFERENCES if plan.point(r) is None]
     given: dict[str, Any] = {
         "numbers": range(1, 100), "references": outside, "unfinished": (), "budget": Budget(plan),
-        "confirmation": Confirmation(plan, 0.4, {}, (), supervised=True),
+        "confirmation": Confirmation(plan, 0.4, {}, (), supervised=True), "place": alone(),
     }  # fmt: skip
     return Search(plan, study, stopped=stopped, **{**given, **changed}), study, stopped
 
@@ -100,7 +105,9 @@ def test_a_reference_that_has_failed_comes_first_when_the_study_goes_on(tmp_path
     search.suggest("a")
     search.on_trial_complete("a", error=True)
     enqueue(study, plan, REFERENCES)
-    again = Search(plan, study, range(1, 5), (), (), Confirmation(plan, 0.4, {}, (), supervised=True), Budget(plan), {})
+    again = Search(
+        plan, study, range(1, 5), (), (), Confirmation(plan, 0.4, {}, (), supervised=True), Budget(plan), {}, alone()
+    )
     proposals = [again.suggest(name) for name in "abcd"]
     assert {p.get("reference") for p in proposals[:2]} == set(REFERENCES)
     assert [p["label"] for p in proposals[2:]] == [sampler.SEARCHED, sampler.SEARCHED]
@@ -243,7 +250,7 @@ def test_an_interrupted_study_goes_on_in_optuna(tmp_path: Path) -> None:
     assert states[3] == TrialState.FAIL
     assert states[7] == TrialState.COMPLETE
     confirmation = Confirmation(plan, 0.4, {}, (), supervised=False)
-    again = Search(plan, study, range(8, 10), (), [unfinished], confirmation, Budget(plan), {})
+    again = Search(plan, study, range(8, 10), (), [unfinished], confirmation, Budget(plan), {}, alone())
     assert again.suggest("x") == unfinished
     again.on_trial_result("x", result(0.6, 8))
     again.on_trial_complete("x", result(0.6, 8))
@@ -259,7 +266,9 @@ def test_a_trial_of_which_mlflow_knows_nothing_is_run_again_as_it_was(tmp_path: 
     for name in "abc":
         search.on_trial_complete(name, result(0.5, 8))
     before = [t.number for t in study.trials if t.state == TrialState.COMPLETE]
-    again = Search(plan, study, [2, 3, 4], (), (), Confirmation(plan, 0.4, {}, (), supervised=True), Budget(plan), {})
+    again = Search(
+        plan, study, [2, 3, 4], (), (), Confirmation(plan, 0.4, {}, (), supervised=True), Budget(plan), {}, alone()
+    )
     assert [again.suggest(name) for name in "de"] == proposals[1:]
     for name in "de":
         again.on_trial_result(name, result(0.5, 8))
@@ -442,3 +451,43 @@ def test_none_stops_nothing(tmp_path: Path) -> None:
     for i in range(9):
         trial: Any = SimpleNamespace(trial_id=str(i), config={"point": {}})
         assert scheduler.on_trial_result(None, trial, result(1 - 0.1 * i, 4)) == TrialScheduler.CONTINUE
+
+
+def test_a_place_is_kept_for_each_search_that_has_begun_no_trial() -> None:
+    places = Places(2, ["a", "b"])
+    a, b = places.of("a"), places.of("b")
+    assert places.side_by_side == 2
+    assert a.take("a1")
+    a.begun()
+    assert not a.take("a2")
+    assert b.take("b1")
+    assert not a.take("a2"), "b1 has not got its place yet"
+    b.begun()
+    assert a.take("a2"), "from now on whoever comes"
+    many = Places(8, ["a", "b"]).of("a")
+    assert [many.take(str(n)) for n in range(8)] == [True] * 7 + [False]
+
+
+def test_a_search_that_has_ended_keeps_no_place() -> None:
+    places = Places(2, ["a", "b", "c"])
+    a, b, c = (places.of(name) for name in "abc")
+    for one in (a, b):
+        assert one.take("1")
+        one.begun()
+    assert not a.take("2")
+    a.leave("1")
+    assert a.take("2"), "its only one may always wait for a place"
+    c.end()
+    assert b.take("2")
+
+
+def test_a_search_waits_while_others_have_begun_no_trial(tmp_path: Path) -> None:
+    places = Places(2, ["camouflaged", "medical"])
+    search, _, _ = begin(make(tmp_path), place=places.of("camouflaged"))
+    assert search.suggest("a")["number"] == 1
+    assert search.suggest("b") is None
+    places.of("medical").begun()
+    assert search.suggest("b")["number"] == 2
+    search.on_trial_complete("a", result(0.5, 8))
+    search.on_trial_complete("a", result(0.5, 8))
+    assert len(places._taken["camouflaged"]) == 1
