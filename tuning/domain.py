@@ -167,7 +167,7 @@ class DomainSearch(threading.Thread):
             )  # fmt: skip
             _tuner(setting, self.name, count, c.places.side_by_side, search, scheduler, self._listener).fit()
             c.tracker.flush()
-        self._place.end()
+        self._place.ask()
         self.trials = trials(c.tracker, run.id)
         catch_up(self._study, plan, self.trials, ())  # one that had failed before and was gone on with
 

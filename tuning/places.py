@@ -7,17 +7,18 @@ from collections.abc import Iterable
 
 
 class Places:
-    """Keeps a place for each search that has not begun a trial yet, so that none has to wait for another's end.
+    """Keeps a place for each search that has begun no trial yet, or is to be concluded.
 
     Tune begins a trial as soon as the one before has ended, in the same actor: a search that has all places would keep
-    them until it has no more trials.
+    them until it has no more trials, and what others need, their first trial or their scores on test, would wait for
+    that. A search never has fewer than one: where there are more searches than places, some do wait.
     """
 
     def __init__(self, count: int, searches: Iterable[str]) -> None:
         """count: of the trials that the cluster runs at once."""
         self._count, self._lock = count, threading.Lock()
         self._taken: dict[str, set[str]] = {name: set() for name in searches}
-        self._unbegun = set(self._taken)
+        self._waiting = set(self._taken)
         self.side_by_side = min(count, max(2, -(-count // len(self._taken))))
         """Trials of a search at once, with those that wait for a place: while one waits, Tune keeps an actor for it."""
 
@@ -36,7 +37,7 @@ class Place:
         """Whether the search may have one more trial now; if so, it has it until :meth:`leave`."""
         p = self._all
         with p._lock:
-            others = len(p._unbegun - {self._search})
+            others = len(p._waiting - {self._search})
             if others and p._taken[self._search] and sum(map(len, p._taken.values())) + others >= p._count:
                 return False
             p._taken[self._search].add(trial)
@@ -50,10 +51,16 @@ class Place:
     def begun(self) -> None:
         """A trial has its place on the cluster."""
         with self._all._lock:
-            self._all._unbegun.discard(self._search)
+            self._all._waiting.discard(self._search)
+
+    def ask(self) -> None:
+        """There are no more trials; a place is wanted for what comes after them, until :meth:`end`."""
+        with self._all._lock:
+            self._all._taken[self._search].clear()
+            self._all._waiting.add(self._search)
 
     def end(self) -> None:
-        """The search is over."""
+        """No place is wanted any more."""
         self.begun()
         with self._all._lock:
             self._all._taken[self._search].clear()

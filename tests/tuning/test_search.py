@@ -481,6 +481,19 @@ def test_a_search_that_has_ended_keeps_no_place() -> None:
     assert b.take("2")
 
 
+def test_a_search_that_is_concluded_gets_the_next_place_that_falls_free() -> None:
+    places = Places(2, ["a", "b"])
+    a, b = places.of("a"), places.of("b")
+    a.begun()
+    b.begun()
+    assert a.take("a1")
+    a.ask()
+    assert b.take("b1")
+    assert not b.take("b2")
+    a.end()
+    assert b.take("b2")
+
+
 def test_a_search_waits_while_others_have_begun_no_trial(tmp_path: Path) -> None:
     places = Places(2, ["camouflaged", "medical"])
     search, _, _ = begin(make(tmp_path), place=places.of("camouflaged"))
