@@ -15,7 +15,7 @@ from tuning import joint, runtime
 from tuning.conclusion import RESULT, Row, conclude
 from tuning.confirm import DIRECT, SEED, SUPERVISED, Confirmation, Proposal
 from tuning.listener import CHECKPOINT, Listener, read_state
-from tuning.plan import REFERENCES, Plan, shown
+from tuning.plan import REFERENCES, WORDS, Plan, shown
 from tuning.replay import Past, tell
 from tuning.sampler import catch_up, ended, enqueue
 from tuning.schedulers import KEPT, Stopping, make_scheduler
@@ -82,6 +82,8 @@ class DomainSearch(threading.Thread):
             for target, row in zip(self._targets, self.rows, strict=True):
                 text = json.dumps(row, indent=2).encode()
                 target.run.attach(lambda text=text: {RESULT: text})  # type: ignore[misc]
+                found = f"test {WORDS[row['score']]} {row['best']:.3f} ({row['best'] - row['direct']:+.3f} to Direct)"
+                c.board.say(f"{found}: {row['outcome']}", target.name)
             for run in runs:
                 run.close("FINISHED")
         except Exception as e:  # the other searches go on
