@@ -158,9 +158,11 @@ def parallel_coordinates(trials: Sequence[Trial], space: Space, direct: float, s
                 text = f"{value:.4g}" if isinstance(value, float) else str(value).replace("+", "+\n")
                 axes.text(n + 0.05, place, text, fontsize=6, va="center", bbox=_BACKGROUND)
                 shown = place
-    paper = [("paper's", t.best) for t in trials if t.reference == "paper" and not t.point]
-    for text, value in [("Direct", direct), *paper]:
-        place = min(max(last.place(value), 0), 1)
+    outside = [("Direct", direct)] + [("paper's", t.best) for t in trials if t.reference == "paper" and not t.point]
+    spots = [(text, min(max(last.place(value), 0), 1)) for text, value in outside]
+    if spots[-1][1] - spots[0][1] < 0.06:  # its best is never below Direct's
+        spots = [(", ".join(text for text, _ in spots), spots[0][1])]
+    for text, place in spots:
         axes.plot(len(space), place, marker="D", markersize=4, color="black")
         axes.text(len(space) - 0.06, place, text, fontsize=6, va="center", ha="right", bbox=_BACKGROUND)
     axes.set_xticks(range(len(axes_of)), [name.replace(".", ".\n") for name in axes_of], fontsize=6.5)
