@@ -202,7 +202,7 @@ def _unfinished(tracker: Tracker, domain_run: str, plan: Plan) -> list[Proposal]
             continue
         state = read_state(tags[CHECKPOINT], plan)
         proposal = {k: v for k, v in json.loads(tags["wesam.proposal"]).items() if v is not None}
-        config = Config().parse([f"{k}={v}" for k, v in stored.data.params.items()])
+        config = Config.from_texts(stored.data.params)
         go_on = {"config": config.flat(), "run": stored.info.run_id, "resume": state["latest"], "state": state}
         found.append((ROLE in tags, proposal["number"], {"point": None, **proposal, **go_on}))
     return [proposal for _, _, proposal in sorted(found, key=lambda f: f[:2])]

@@ -26,6 +26,9 @@ from matplotlib.ticker import NullFormatter
 FEWEST_FOR_IMPORTANCE = 10
 """Trials, and no fewer than hyperparameters: below that, importances are noise."""
 
+CLOSE = 0.06
+"""Of an axis: two texts nearer than this would overlap."""
+
 BLUE, RED, GREY = "#1f77b4", "#d62728", "#bbbbbb"
 
 
@@ -154,13 +157,13 @@ def parallel_coordinates(trials: Sequence[Trial], space: Space, direct: float, s
         axes.axvline(n, color="#888888", linewidth=0.6, zorder=0)
         shown = -1.0
         for value in axis.marks():
-            if (place := axis.place(value)) - shown > 0.06:
+            if (place := axis.place(value)) - shown > CLOSE:
                 text = f"{value:.4g}" if isinstance(value, float) else str(value).replace("+", "+\n")
                 axes.text(n + 0.05, place, text, fontsize=6, va="center", bbox=_BACKGROUND)
                 shown = place
     outside = [("Direct", direct)] + [("paper's", t.best) for t in trials if t.reference == "paper" and not t.point]
     spots = [(text, min(max(last.place(value), 0), 1)) for text, value in outside]
-    if spots[-1][1] - spots[0][1] < 0.06:  # its best is never below Direct's
+    if spots[-1][1] - spots[0][1] < CLOSE:  # its best is never below Direct's
         spots = [(", ".join(text for text, _ in spots), spots[0][1])]
     for text, place in spots:
         axes.plot(len(space), place, marker="D", markersize=4, color="black")

@@ -105,7 +105,7 @@ def best_of(name: str, tracker: Tracker) -> tuple[tuple[str, dict[str, Value]], 
     texts = {f"{name}/{JOINT if row['joint'] else row['domain']}": row["config"] for row in rows if row.get("config")}
     if not texts:
         raise InputError(f"the study {name!r} has found nothing to begin with: no domain has a best trial yet")
-    return tuple((where, Config().parse([f"{k}={v}" for k, v in t.items()]).flat()) for where, t in texts.items())
+    return tuple((where, Config.from_texts(t).flat()) for where, t in texts.items())
 
 
 def find_study(name: str, tracker: Tracker) -> Stored:

@@ -213,10 +213,9 @@ def _rows(block: Block) -> list[dict[str, Any]]:
 
 
 def _cell(cell: Cell) -> Mapping[str, Any]:
-    published = Config()
-    config = published.parse([f"{k}={v}" for k, v in cell.params.items()]).flat()
+    published, config = Config().flat(), Config.from_texts(cell.params).flat()
     about = {k: cell.tags.get(k) for k in ("hardware", "chosen_on", "trials", "mlflow.source.git.commit")}
     return {
         "name": cell.name, "seed": cell.seed, "run_id": cell.run_id, **about,
-        "metrics": dict(cell.metrics), "config": {k: v for k, v in config.items() if v != published.flat()[k]},
+        "metrics": dict(cell.metrics), "config": {k: v for k, v in config.items() if v != published[k]},
     }  # fmt: skip

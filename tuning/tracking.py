@@ -412,7 +412,7 @@ class Trial:
 
     def flat(self) -> dict[str, Value]:
         """Every hyperparameter, as :meth:`wesam.Config.flat` has it."""
-        return Config().parse([f"{k}={v}" for k, v in self.config.items()]).flat()
+        return Config.from_texts(self.config).flat()
 
     @property
     def pruned(self) -> bool:

@@ -235,6 +235,11 @@ class Config(_Checked):
             changes[path] = _parse(path, value, type(known[path]))
         return self.replace(changes)
 
+    @classmethod
+    def from_texts(cls, fields: Mapping[str, Any]) -> Self:
+        """The published values but for these fields, by dotted path, of which a value may be its text, as in MLflow."""
+        return cls().parse([f"{path}={value}" for path, value in fields.items()])
+
     def flat(self) -> dict[str, Value]:
         """All fields by dotted path."""
         out: dict[str, Value] = {}
@@ -299,6 +304,6 @@ def read_config(file: Path) -> Config:
     if not isinstance(fields, dict):
         raise InputError(f'{file} is no configuration: expected an object of fields, as {{"lora.rank": 8}}')
     try:
-        return Config().parse([f"{k}={v}" for k, v in fields.items()])
+        return Config.from_texts(fields)
     except InputError as e:
         raise InputError(f"{file}: {e}") from None
