@@ -233,7 +233,7 @@ class Listener(tune.Callback):
         self._board.ended(self._domain.name, seen.name, f"{count:<11} {seen.label:<{WIDTH}}  {text}", early=early)
 
 
-ENDED = {"pruned": "stopped early", "budget": "the budget was spent", "diverged": "diverged"}
+ENDED = {"pruned": "stopped early", "plateau": "past its best", "budget": "the budget was spent", "diverged": "diverged"}
 """What a trial's tag ``ended`` means, but for ``finished``."""
 
 

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from tuning.budget import Budget
-from tuning.plan import Plan
+from tuning.plan import MARGIN, Plan
 from tuning.trainer import METRIC
 
 KEPT = "paper"
 """The reference that has a column of its own in the result, and so all of its steps."""
+
+PLATEAU = "plateau"
+"""Why a trial was stopped that was past its best: what it has reached is all that there is to know of it."""
 
 
 class Stopping(TrialScheduler):
     """Beside one of Tune's schedulers: never stops the trial with the paper's hyperparameters, with which all others
     are compared, what confirms a search, nor a trial at its last step.
 
-    When the budget is spent, it stops whatever of the search has been evaluated.
+    Stops, from the grace period on, a trial whose best score is as old as half of its steps: the best checkpoint is
+    kept, and self-training that has passed its best falls. When the budget is spent, it stops whatever of the search has
+    been evaluated.
     """
 
-    def watch(self, budget: Budget) -> None:
-        """To be called once, before the first trial."""
-        self._budget = budget
+    def watch(self, budget: Budget, grace: float) -> None:
+        """To be called once, before the first trial. grace: steps before which none is stopped for its score."""
+        self._budget, self._grace = budget, grace
+        self._risen: dict[str, tuple[float, int]] = {}
+        """Trial -> its best score, but for less than MARGIN, and the step at which it had reached that."""
         self.stopped: dict[str, str] = {}
-        """Trial -> ``pruned`` or ``budget``."""
+        """Trial -> ``pruned``, ``plateau`` or ``budget``."""
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """The first that waits, and then one that was paused; Tune would look at all trials that there ever were."""
@@ -44,10 +52,18 @@ class Stopping(TrialScheduler):
         if self._budget.over():
             self.stopped[trial.trial_id] = "budget"
             return TrialScheduler.STOP
-        if decision == TrialScheduler.STOP and trial.config.get("reference") != KEPT:
-            self.stopped[trial.trial_id] = "pruned"
+        flat = self._flat(trial.trial_id, result[METRIC], result["step"])
+        behind = decision == TrialScheduler.STOP
+        if (behind or flat) and trial.config.get("reference") != KEPT:
+            self.stopped[trial.trial_id] = "pruned" if behind else PLATEAU
             return TrialScheduler.STOP
         return TrialScheduler.CONTINUE  # nor is any paused for others to catch up
+
+    def _flat(self, trial_id: str, best: float, step: int) -> bool:
+        known, since = self._risen.get(trial_id, (-math.inf, step))
+        if best > known + MARGIN:
+            self._risen[trial_id] = known, since = best, step
+        return step >= self._grace and 2 * since <= step
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """Nobody is measured by what only confirms the search, such as Supervised."""
@@ -74,9 +90,8 @@ def make_scheduler(plan: Plan, budget: Budget) -> Stopping:
     """
     steps, every = plan.base.steps, min(plan.base.eval_every, plan.base.steps)
     warm = 2 * min(plan.base.optim.warmup_steps, steps // 4)
-    common: dict[str, Any] = {
-        "time_attr": "step", "metric": METRIC, "mode": "max", "grace_period": max(1, -(-warm // every)) * every
-    }  # fmt: skip
+    grace: float = max(1, -(-warm // every)) * every
+    common: dict[str, Any] = {"time_attr": "step", "metric": METRIC, "mode": "max", "grace_period": grace}
     made: Stopping
     if plan.scheduler == "asha":
         last = max(every, steps - 1)  # who has reached the last step is done anyway
@@ -84,6 +99,6 @@ def make_scheduler(plan: Plan, budget: Budget) -> Stopping:
     elif plan.scheduler == "median":
         made = Median(**common)
     else:
-        made = Patient()  # type: ignore[no-untyped-call]
-    made.watch(budget)
+        made, grace = Patient(), math.inf  # type: ignore[no-untyped-call]
+    made.watch(budget, grace)
     return made

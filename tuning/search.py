@@ -15,6 +15,7 @@ from tuning.places import Place
 from tuning.plan import Plan
 from tuning.proposals import Running, propose
 from tuning.sampler import SEARCHED, Point, decoded, ended
+from tuning.schedulers import PLATEAU
 from tuning.trainer import METRIC
 
 LABELS = {"paper": "paper's hyperparameters", "defaults": "model's defaults"}
@@ -23,7 +24,8 @@ LABELS = {"paper": "paper's hyperparameters", "defaults": "model's defaults"}
 class Search(Searcher):
     """Hands Optuna's trials to Tune, and Tune's results to Optuna.
 
-    A trial that is stopped early is PRUNED there; one that diverges or dies is FAIL, from which no sampler learns.
+    A trial that is stopped because it is behind is PRUNED there, one past its best is COMPLETE; one that diverges or dies
+    is FAIL, from which no sampler learns.
     """
 
     def __init__(
@@ -127,7 +129,7 @@ class Search(Searcher):
             trial.tell(TrialState.FAIL)
             return
         values = [result[METRIC], *(result[c] for c in self._plan.minimize)]
-        pruned = trial_id in self._stopped and not self._plan.minimize
+        pruned = self._stopped.get(trial_id, PLATEAU) != PLATEAU and not self._plan.minimize
         if pruned:
             trial.report(values[0], result["step"])  # Tune does not hand it on when it stops a trial
         trial.tell(TrialState.PRUNED if pruned else TrialState.COMPLETE, values)

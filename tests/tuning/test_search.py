@@ -182,18 +182,23 @@ def test_costs_are_made_small_as_well(tmp_path: Path) -> None:
 
 def test_optuna_is_told_how_each_trial_ended(tmp_path: Path) -> None:
     search, study, stopped = begin(make(tmp_path))
-    for name in "abcde":
+    for name in "abcdef":
         search.suggest(name)
     search.on_trial_result("a", result(0.4, 4))
     search.on_trial_result("a", result(0.5, 8))
     search.on_trial_complete("a", result(0.5, 8))
     stopped["b"] = "pruned"
     search.on_trial_complete("b", result(0.2, 4))
+    stopped["f"] = "plateau"
+    search.on_trial_complete("f", result(0.6, 4))
     search.on_trial_complete("c", result(0.3, 4))  # neither at its end nor stopped: it has diverged
     search.on_trial_complete("d", {"done": True})  # nothing was reported at all
     search.on_trial_complete("e", error=True)
-    states = [t.state for t in study.trials[:5]]
-    assert states == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.FAIL, TrialState.FAIL]
+    states = [t.state for t in study.trials[:6]]
+    assert states == [
+        TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL, TrialState.FAIL, TrialState.FAIL, TrialState.COMPLETE
+    ]  # fmt: skip
+    assert study.trials[5].value == 0.6
     assert study.trials[0].intermediate_values == {4: 0.4, 8: 0.5}
     assert study.trials[1].intermediate_values == {4: 0.2}
     assert study.trials[0].user_attrs == {"study": "s", "number": 1, "reference": "paper"}
@@ -432,6 +437,19 @@ def test_a_study_that_ran_to_its_end_can_be_replayed_with_early_stopping(tmp_pat
     runs = [Past(8, True, bad), *(Past(8, False, c) for c in (good, good, good, bad))]
     assert replay(plan, runs) == Replayed(steps=8 + 3 * 8 + 4, best=0.9)
     assert replay(plan, runs[1:]) == Replayed(steps=3 * 8 + 4, best=0.7), "the late riser was stopped"
+
+
+@pytest.mark.parametrize("name", ["asha", "median", "none"])
+def test_what_is_past_its_best_is_stopped(name: str, tmp_path: Path) -> None:
+    plan = make(tmp_path, scheduler=name)  # 8 steps, none judged before 4
+    rising = [(2, 0.5), (4, 0.6), (6, 0.7), (8, 0.8)]
+    past_best = [(2, 0.9), (4, 0.9005), (6, 0.9005), (8, 0.95)]
+    whole = name == "none"
+    for curve, steps in ((rising, 8), (past_best, 8 if whole else 4)):
+        scheduler = make_scheduler(plan, Budget(plan))
+        assert tell(scheduler, [Past(8, False, curve)]).steps == steps
+        assert list(scheduler.stopped.values()) == ([] if steps == 8 else ["plateau"])
+        assert tell(make_scheduler(plan, Budget(plan)), [Past(8, True, curve)]).steps == 8, "the paper's"
 
 
 @pytest.mark.parametrize("name", ["asha", "median"])
