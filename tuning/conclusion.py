@@ -29,7 +29,7 @@ class Verdict:
 
     searched: list[Trial]
     best: Trial | None
-    """The trial with the best score, if that is above Direct's."""
+    """The trial with the best score, as :func:`tuning.confirm.winner` has it, if that is above Direct's."""
     again: list[Trial]
     """Its configuration with other seeds."""
     beaten: bool

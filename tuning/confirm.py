@@ -21,9 +21,11 @@ SEED, SUPERVISED, DIRECT = "seed", "supervised", "direct"
 
 
 def winner(scores: Mapping[int, float], direct: float) -> int | None:
-    """The trial with the best score on val, the first of equals; None if Direct is as good."""
-    best = max(scores, key=lambda n: (scores[n], -n), default=None)
-    return best if best is not None and scores[best] > direct + MARGIN else None
+    """The trial with the best score on val; of those that are as good but for MARGIN the first, so that the model's
+    defaults are not left for a chance. None if Direct is as good.
+    """
+    best = max(scores.values(), default=direct)
+    return min((n for n, s in scores.items() if s >= best - MARGIN and s > direct + MARGIN), default=None)
 
 
 class Confirmation:

@@ -337,8 +337,11 @@ def test_what_has_been_confirmed_is_not_confirmed_again(tmp_path: Path) -> None:
 
 
 def test_a_winner_must_beat_direct() -> None:
-    assert winner({1: 0.5, 2: 0.7, 3: 0.7}, 0.6) == 2
+    assert winner({1: 0.5, 3: 0.7, 2: 0.7}, 0.6) == 2
+    assert winner({1: 0.5, 2: 0.7, 3: 0.7005}, 0.6) == 2, "the first of those that are as good"
+    assert winner({1: 0.5, 2: 0.7, 3: 0.7015}, 0.6) == 3
     assert winner({1: 0.5, 2: 0.6004}, 0.6) is None
+    assert winner({1: 0.6004, 2: 0.6014}, 0.6) == 2
     assert winner({}, 0.6) is None
     confirmation = Confirmation(make_plan({"domains": ["camouflaged"]}, []), 0.6, {}, (), supervised=False)
     confirmation.learn(1, 0.6, {})
