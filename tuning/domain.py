@@ -105,7 +105,8 @@ class DomainSearch(threading.Thread):
     def _concluded(self, run: Run) -> list[Row]:
         """run: the parent of the trials."""
         c = self._c
-        new = [t.refer() for t in self._targets]
+        with c.board.opening(self.name):
+            new = [t.refer() for t in self._targets]
         direct = {t.name: t.direct for t in self._targets}
         if any(new):
             self._trial_zero(run, joint.score(c.plan, direct, direct), joint.metrics(direct))

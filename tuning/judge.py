@@ -50,8 +50,8 @@ def references(task: Task) -> tuple[dict[str, Scores], int]:
     Returns the scores of Direct and, where there are masks, of :data:`DRAWN`, on val and test: ``direct_val``,
     ``ellipse_test``, ...; and how many training instances are too small for the model to see.
     """
-    found: tuple[dict[str, Scores], int] = _remote(_references, task)
-    return found
+    (on_val, vanished), (on_test, _) = ray.get([_begin(_references, task, split) for split in ("val", "test")])
+    return {**on_val, **on_test}, vanished
 
 
 def judged(task: Task, adapters: Mapping[str, Files]) -> dict[str, PerImage]:
@@ -79,16 +79,15 @@ def _begin(function: Callable[..., Any], *arguments: Any) -> Any:
     return task.options(num_cpus=need["CPU"], num_gpus=need.get("GPU", 0)).remote(*arguments)
 
 
-def _references(task: Task) -> tuple[dict[str, Scores], int]:
+def _references(task: Task, split: Literal["val", "test"]) -> tuple[dict[str, Scores], int]:
     sam, domain = source_model(task.model), load_domain(task.domain)
     found = {}
-    for split in ("val", "test"):
-        if domain.split(split)[0].has_masks:
-            for name, kind in DRAWN.items():
-                found[f"{name}_{split}"] = baseline(kind, domain.split(split))
-        prompt, crop = task.base.scored_with, task.base.crop
-        found[f"direct_{split}"] = evaluate(sam, domain.split(split), prompt, crop=crop, label_free=split == "val")
-    return found, domain.vanished(task.base, sam.image_encoder.img_size)
+    if domain.split(split)[0].has_masks:
+        for name, kind in DRAWN.items():
+            found[f"{name}_{split}"] = baseline(kind, domain.split(split))
+    prompt, crop = task.base.scored_with, task.base.crop
+    found[f"direct_{split}"] = evaluate(sam, domain.split(split), prompt, crop=crop, label_free=split == "val")
+    return found, domain.vanished(task.base, sam.image_encoder.img_size) if split == "val" else 0
 
 
 def _judged(task: Task, adapter: Files) -> PerImage:

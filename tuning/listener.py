@@ -233,7 +233,9 @@ class Listener(tune.Callback):
         self._board.ended(self._domain.name, seen.name, f"{count:<11} {seen.label:<{WIDTH}}  {text}", early=early)
 
 
-ENDED = {"pruned": "stopped early", "plateau": "past its best", "budget": "the budget was spent", "diverged": "diverged"}
+ENDED = {
+    "pruned": "stopped early", "plateau": "past its best", "budget": "the budget was spent", "diverged": "diverged"
+}  # fmt: skip
 """What a trial's tag ``ended`` means, but for ``finished``."""
 
 

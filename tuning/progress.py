@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -32,6 +33,8 @@ class _Domain:
     """Steps of the trials that are over."""
     stopped: int = 0
     """How many of them did not run to their end."""
+    opening: bool = False
+    """Whether the unadapted model is being scored."""
     direct: float | None = None
     paper: float | None = None
     best: float | None = None
@@ -91,6 +94,16 @@ class Board:
         with self._lock:
             self._domains[domain].trials, self._domains[domain].skipped = trials, done
 
+    @contextmanager
+    def opening(self, domain: str) -> Iterator[None]:
+        """While the unadapted model is scored, before there are any trials."""
+        now = self._domains[domain]
+        now.opening = True
+        try:
+            yield
+        finally:
+            now.opening = False
+
     def scores(
         self, domain: str, *, direct: float | None = None, paper: float | None = None, best: float | None = None
     ) -> None:
@@ -137,6 +150,8 @@ class Board:
         said = f"{sum(r.done for r in rows)} of {sum(r.trials for r in rows)} trials done"
         said += f", about {clock(left).strip()} left" if left else ""
         running = [f"{d} {n} at step {s}" for d, r in self._domains.items() for n, s in sorted(r.running.items())]
+        opening = [d for d, r in self._domains.items() if r.opening]
+        said += f"; scoring the unadapted model: {', '.join(opening)}" if opening else ""
         return said + (f"; running: {', '.join(running)}" if running else "")
 
     def _table(self) -> Table:

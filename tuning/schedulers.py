@@ -24,8 +24,8 @@ class Stopping(TrialScheduler):
     are compared, what confirms a search, nor a trial at its last step.
 
     Stops, from the grace period on, a trial whose best score is as old as half of its steps: the best checkpoint is
-    kept, and self-training that has passed its best falls. When the budget is spent, it stops whatever of the search has
-    been evaluated.
+    kept, and self-training that has passed its best falls. When the budget is spent, it stops whatever of the search
+    has been evaluated.
     """
 
     def watch(self, budget: Budget, grace: float) -> None:

@@ -24,8 +24,8 @@ LABELS = {"paper": "paper's hyperparameters", "defaults": "model's defaults"}
 class Search(Searcher):
     """Hands Optuna's trials to Tune, and Tune's results to Optuna.
 
-    A trial that is stopped because it is behind is PRUNED there, one past its best is COMPLETE; one that diverges or dies
-    is FAIL, from which no sampler learns.
+    A trial that is stopped because it is behind is PRUNED there, one past its best is COMPLETE; one that diverges or
+    dies is FAIL, from which no sampler learns.
     """
 
     def __init__(

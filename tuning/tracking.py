@@ -402,7 +402,7 @@ class Trial:
     step: int
     """The last one that was evaluated."""
     ended: str
-    """``finished``; ``pruned``, it was behind; ``plateau``, past its best; ``diverged``; or ``budget``, which was spent."""
+    """``finished``, ``pruned`` (was behind), ``plateau`` (past its best), ``diverged``, or ``budget`` (was spent)."""
     gap: float | None
     """Seconds that the worker was idle before it."""
     metrics: dict[str, float]

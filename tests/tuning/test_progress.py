@@ -32,6 +32,22 @@ def test_lines_count_what_is_done_and_reckon_what_is_left(
         assert capsys.readouterr().out == " 1:01  6 of 10 trials done, about 1:49 left; running: b 5 at step 20\n"
 
 
+def test_a_line_says_what_is_done_before_there_are_trials(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with Board(["a", "b"], ["a", "b"], 4, 60) as board:
+        with board.opening("b"):
+            now[0] += 31
+            board.tick()
+        now[0] += 31
+        board.tick()
+    assert capsys.readouterr().out.splitlines() == [
+        " 0:31  0 of 8 trials done; scoring the unadapted model: b", " 1:02  0 of 8 trials done"
+    ]  # fmt: skip
+
+
 def test_the_table_has_the_best_beside_direct() -> None:
     board = Board(["a"], ["a"], 4, 60)
     board.scores("a", direct=0.6)
