@@ -113,35 +113,53 @@ LOOSER = 1.15
 """By how much the looser box of the label-free score is longer than the given one."""
 
 
-def label_free(
-    masks: Tensor, prompts: Prompts, mirrored: Tensor | None = None, looser: Tensor | None = None
-) -> Tensor:  # fmt: skip
+def less_told(prompts: Prompts) -> tuple[Prompts, ...]:
+    """What the label-free score asks a model besides, to see whether it finds what it was not told.
+
+    With boxes those that are longer by :data:`LOOSER`, with clicks either half of them, with polygons nothing.
+    """
+    if prompts.boxes is not None:
+        return (prompts.longer(LOOSER),)
+    return prompts.halves() if prompts.points is not None else ()
+
+
+def label_free(masks: Tensor, prompts: Prompts, mirrored: Tensor | None = None, less: Sequence[Tensor] = ()) -> Tensor:
     """How right masks, bool [N, H, W], seem by the weak labels that they answer alone, [N], 0..1; no truth is asked.
 
-    mirrored: the masks for the mirrored image, mirrored back. looser: the masks for boxes that are longer by
-    :data:`LOOSER` about the same centres. Both are asked for with boxes. The score is, with
+    mirrored: the masks for the mirrored image, mirrored back. less: the masks for the prompts of :func:`less_told`.
+    Both are asked for with boxes and clicks. The score is, with
 
     - boxes: IoU of the mask's tight box and the given one, times the same for the mask of the looser box, times IoU of
       the mask and the mirrored one. The first says nothing about what happens inside the box, and would reward masks
       that fill whatever box they are shown, which the second gives away: it asks for a box that the model was not
       told. The third alone would reward masks that hold nothing, or everything.
     - clicks: the IoU that they let expect, r / (1 + RING * f), where r of the clicks on the object lie in the mask and
-      f of those beside it.
+      f of those beside it, times IoU of the mask and the mirrored one. Each click is looked for in the mask of that
+      half of the clicks in which it is not: a model learns to answer those that it is told, whatever its masks are.
     - polygons: IoU of the mask and the polygon filled.
     """
+    if prompts.polygons is not None:
+        return overlap(masks, prompts.filled((masks.shape[1], masks.shape[2])))[0]
     if prompts.boxes is not None:
         given = prompts.boxes.double()
         score = _box_iou(tight_boxes(masks).double(), given)
-        if looser is not None:
+        for looser in less:
             score = score * _box_iou(tight_boxes(looser).double(), given)
-        return score if mirrored is None else score * _same(masks, mirrored)
-    if prompts.polygons is not None:
-        return overlap(masks, prompts.filled((masks.shape[1], masks.shape[2])))[0]
+    else:
+        score = _expected_by_clicks(masks, prompts, less)
+    return score if mirrored is None else score * _same(masks, mirrored)
+
+
+def _expected_by_clicks(masks: Tensor, prompts: Prompts, less: Sequence[Tensor]) -> Tensor:
     assert prompts.points is not None
     assert prompts.point_labels is not None
     place = prompts.points.floor().long()
     x, y = place[..., 0].clamp(0, masks.shape[2] - 1), place[..., 1].clamp(0, masks.shape[1] - 1)
-    hit = masks[torch.arange(len(masks))[:, None], y, x]
+    each = torch.arange(len(masks))[:, None]
+    hit = masks[each, y, x]
+    for half, found in zip(prompts.halves(), less, strict=False):
+        assert half.point_labels is not None
+        hit = torch.where(half.point_labels == prompts.point_labels, hit, found[each, y, x])
     on, beside = prompts.point_labels == 1, prompts.point_labels == 0
     recalled = (hit & on).sum(1).double() / on.sum(1).clamp(min=1)
     wrong = (hit & beside).sum(1).double() / beside.sum(1).clamp(min=1)
@@ -236,8 +254,8 @@ def evaluate(
 ) -> Scores:
     """The model's scores on these images with prompts of this kind; crop: as :func:`predict` has it.
 
-    label_free: whether the label-free score is wanted too, which with boxes takes twice as long; where there are no
-    true masks, it is the only one.
+    label_free: whether the label-free score is wanted too, which with boxes and clicks takes twice as long; where there
+    are no true masks, it is the only one.
     """
     return Scores.of(measure(model, split, prompt, crop=crop, label_free=label_free, progress=progress))
 
@@ -273,15 +291,15 @@ def measure(
 
 def _label_free(model: Sam | HasSam, image: Tensor, given: Prompts, crop: float) -> tuple[Tensor, Tensor]:
     """The masks for the prompts, and their label-free scores."""
-    if given.boxes is None:
+    if given.polygons is not None:
         masks, _ = predict(model, image, given, crop=crop)
         return masks, label_free(masks, given)
     size = (int(image.shape[1]), int(image.shape[2]))
-    asked = Prompts.concatenate([given, given.longer(LOOSER)])
-    where = windows(given, size, crop).repeat(2, 1) if crop else None
-    masks, looser = _predict(model, image, asked, where)[0].chunk(2)
+    asked = [given, *less_told(given)]
+    where = windows(given, size, crop).repeat(len(asked), 1) if crop else None
+    masks, *less = _predict(model, image, Prompts.concatenate(asked), where)[0].chunk(len(asked))
     mirrored, _ = predict(model, flip(image, True, False), given.flipped(True, False, size), crop=crop)
-    return masks, label_free(masks, given, flip(mirrored, True, False), looser)
+    return masks, label_free(masks, given, flip(mirrored, True, False), less)
 
 
 def baseline(kind: Drawing, split: Sequence[Sample], prompt: PromptKind = "box") -> Scores:

@@ -90,6 +90,17 @@ class Prompts:
         centre, half = (self.boxes[:, :2] + self.boxes[:, 2:]) / 2, (self.boxes[:, 2:] - self.boxes[:, :2]) / 2
         return replace(self, boxes=torch.cat([centre - factor * half, centre + factor * half], 1))
 
+    def halves(self) -> tuple[Self, Self]:
+        """Clicks of which every other one on the object, and beside it, is left out; in the second those that the first
+        has. A click that is the only one on its object is in both.
+        """
+        assert self.point_labels is not None
+        on, beside = self.point_labels == 1, self.point_labels == 0
+        turn = torch.where(on, on.cumsum(1), beside.cumsum(1)) % 2
+        known = (on & (on.sum(1, keepdim=True) == 1)) | ~(on | beside)
+        first, second = (self.point_labels.masked_fill((turn == t) & ~known, NO_CLICK) for t in (0, 1))
+        return replace(self, point_labels=first), replace(self, point_labels=second)
+
     def noisy(self, amount: float, generator: torch.Generator) -> Self:
         """The prompts as a careless person might have given them; 0 changes nothing.
 

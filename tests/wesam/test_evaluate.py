@@ -43,13 +43,24 @@ def test_the_label_free_score_by_hand() -> None:
     assert label_free(masks, boxes, mirrored).tolist() == [pytest.approx(8 / 16 * 8 / 16), 0]
     looser = torch.zeros_like(masks)
     looser[0, 2:6, 1:7] = True
-    assert label_free(masks, boxes, mirrored, looser).tolist() == [pytest.approx(8 / 16 * 8 / 16 * 8 / 24), 0]
+    assert label_free(masks, boxes, mirrored, [looser]).tolist() == [pytest.approx(8 / 16 * 8 / 16 * 8 / 24), 0]
     clicks = torch.tensor([[[3.5, 3.5], [8.5, 8.5], [4.5, 4.5]]]).repeat(2, 1, 1)
     labels = torch.tensor([[1, 1, 0], [1, 1, -1]])
     given = Prompts(points=clicks, point_labels=labels)
     assert label_free(masks, given).tolist() == [pytest.approx((1 / 2) / (1 + 3 * 1)), 0], (
         "one of two on it, one of one beside it"
     )
+    first, second = given.halves()
+    assert first.point_labels is not None
+    assert second.point_labels is not None
+    assert first.point_labels.tolist() == [[1, -1, 0], [1, -1, -1]], "the second click on it is left out"
+    assert second.point_labels.tolist() == [[-1, 1, -1], [-1, 1, -1]], "what the first has"
+    halves = torch.zeros(2, 2, 10, 10, dtype=torch.bool)
+    halves[0, 0, 8, 8] = halves[1, 0, 3, 3] = halves[1, 1, 3, 3] = True  # each finds what it was not told
+    assert label_free(masks, given, less=list(halves)).tolist() == [1, pytest.approx(1 / 2)]
+    assert label_free(masks, given, mirrored, list(halves)).tolist() == [pytest.approx(8 / 16), pytest.approx(1 / 2)]
+    alone = Prompts(points=clicks[:1, :2], point_labels=torch.tensor([[1, 0]]))
+    assert [h.point_labels.tolist() for h in alone.halves() if h.point_labels is not None] == [[[1, 0]], [[1, -1]]]
     square = torch.tensor([[2.5, 2.5], [5.5, 2.5], [5.5, 5.5], [2.5, 5.5]])  # through the outer pixels
     filled = label_free(masks, Prompts(polygons=(square, square)))
     assert filled.tolist() == [pytest.approx(1), 0]
