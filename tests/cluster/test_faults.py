@@ -33,7 +33,12 @@ def short() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="f-"))
     folder.chmod(0o755)
     yield folder
-    shutil.rmtree(folder)
+
+    def removed() -> bool:
+        shutil.rmtree(folder, ignore_errors=True)  # Ray's last processes may still write there
+        return not folder.exists()
+
+    wait("the folder to be removed", removed, 30)
 
 
 @pytest.fixture(scope="module")
