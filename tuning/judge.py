@@ -65,12 +65,8 @@ def picture(task: Task, adapter: Files | None = None, after: PerImage | None = N
 
     Given an adapter, and what it has on test, these are the images on which it gains and loses most, with its masks.
     """
-    found: bytes = _remote(_picture, task, adapter, after)
+    found: bytes = ray.get(_begin(_picture, task, adapter, after))
     return found
-
-
-def _remote(function: Callable[..., Any], *arguments: Any) -> Any:
-    return ray.get(_begin(function, *arguments))
 
 
 def _begin(function: Callable[..., Any], *arguments: Any) -> Any:

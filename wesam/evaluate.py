@@ -116,11 +116,9 @@ LOOSER = 1.15
 def less_told(prompts: Prompts) -> tuple[Prompts, ...]:
     """What the label-free score asks a model besides, to see whether it finds what it was not told.
 
-    With boxes those that are longer by :data:`LOOSER`, with clicks either half of them, with polygons nothing.
+    With boxes those that are longer by :data:`LOOSER`, with clicks either half of them.
     """
-    if prompts.boxes is not None:
-        return (prompts.longer(LOOSER),)
-    return prompts.halves() if prompts.points is not None else ()
+    return (prompts.longer(LOOSER),) if prompts.boxes is not None else prompts.halves()
 
 
 def label_free(masks: Tensor, prompts: Prompts, mirrored: Tensor | None = None, less: Sequence[Tensor] = ()) -> Tensor:

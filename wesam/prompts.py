@@ -97,8 +97,8 @@ class Prompts:
         assert self.point_labels is not None
         on, beside = self.point_labels == 1, self.point_labels == 0
         turn = torch.where(on, on.cumsum(1), beside.cumsum(1)) % 2
-        known = (on & (on.sum(1, keepdim=True) == 1)) | ~(on | beside)
-        first, second = (self.point_labels.masked_fill((turn == t) & ~known, NO_CLICK) for t in (0, 1))
+        alone = on & (on.sum(1, keepdim=True) == 1)
+        first, second = (self.point_labels.masked_fill((turn == t) & ~alone, NO_CLICK) for t in (0, 1))
         return replace(self, point_labels=first), replace(self, point_labels=second)
 
     def noisy(self, amount: float, generator: torch.Generator) -> Self:
