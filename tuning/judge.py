@@ -77,12 +77,13 @@ def _begin(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def _references(task: Task, split: Literal["val", "test"]) -> tuple[dict[str, Scores], int]:
     sam, domain = source_model(task.model), load_domain(task.domain)
+    images = domain.val(task.base.val_instances) if split == "val" else domain.split(split)
     found = {}
-    if domain.split(split)[0].has_masks:
+    if images[0].has_masks:
         for name, kind in DRAWN.items():
-            found[f"{name}_{split}"] = baseline(kind, domain.split(split))
+            found[f"{name}_{split}"] = baseline(kind, images)
     prompt, crop = task.base.scored_with, task.base.crop
-    found[f"direct_{split}"] = evaluate(sam, domain.split(split), prompt, crop=crop, label_free=split == "val")
+    found[f"direct_{split}"] = evaluate(sam, images, prompt, crop=crop, label_free=split == "val")
     return found, domain.vanished(task.base, sam.image_encoder.img_size) if split == "val" else 0
 
 

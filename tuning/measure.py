@@ -65,7 +65,7 @@ def measure(task: Task) -> Measured:
         metrics |= _named({k: evaluate(sam, test, k, crop=config.crop) for k in task.tests})
     else:
         gpu = sam.pixel_mean.device.type == "cuda"
-        val = _direct(task.model, task.domain, config.scored_with, config.crop)
+        val = _direct(task.model, task.domain, config.scored_with, config.crop, config.val_instances)
         if gpu:
             torch.cuda.reset_peak_memory_stats()
         found = train_once(sam, domain, config, task.tests, val=val, after=task.after, forgiving=True)
@@ -85,9 +85,9 @@ def _named(scores: Mapping[PromptKind, Scores]) -> dict[str, float]:
 
 
 @lru_cache(maxsize=64)
-def _direct(model: str, domain: str, prompt: PromptKind, crop: float) -> Scores:
+def _direct(model: str, domain: str, prompt: PromptKind, crop: float, most: int) -> Scores:
     """The source model's scores on val, computed once in a process."""
-    return evaluate(source_model(model), load_domain(domain).split("val"), prompt, crop=crop)
+    return evaluate(source_model(model), load_domain(domain).val(most), prompt, crop=crop)
 
 
 def _reckoned(sam: Sam, config: Config) -> float:

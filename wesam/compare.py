@@ -106,7 +106,7 @@ def compare(
     }
     row["direct"] = direct = evaluate(sam, test, prompt, crop=crop).objective
     watch("  ".join(f"{k} {v:.3f}" for k, v in row.items()))
-    val = evaluate(sam, domain.split("val"), prompt, crop=crop)
+    val = evaluate(sam, domain.val(first.val_instances), prompt, crop=crop)
     for name, config in configs.items():
         found: list[float] = []
         for seed in seeds:
@@ -146,7 +146,7 @@ def cross(
     rows: list[dict[str, Any]] = [{"trained_with": None, "score": score, **direct}]
     watch(f"direct: test {score} " + _said(direct, asked))
     for trained, config in configs.items():
-        val = evaluate(sam, domain.split("val"), config.scored_with, crop=crop)
+        val = evaluate(sam, domain.val(config.val_instances), config.scored_with, crop=crop)
         found: dict[PromptKind, list[float]] = {k: [] for k in asked}
         for seed in seeds:
             once = train_once(sam, domain, config.replace({"seed": seed}), asked, val=val)

@@ -189,6 +189,14 @@ def test_known_scores_of_direct_are_not_computed_again(sam: Sam, camouflaged: Do
     assert run(sam, camouflaged, SHORT, direct=marked)[0].val is marked
 
 
+def test_val_is_scored_with_so_many_instances_of_an_image(sam: Sam, camouflaged: Domain) -> None:
+    val = camouflaged.split("val")
+    for most, expected in ((1, len(val)), (2, sum(min(2, len(s)) for s in val)), (0, sum(map(len, val)))):
+        found = run(sam, camouflaged, SHORT.replace({"steps": 1, "val_instances": most}))[-1].val
+        assert found is not None
+        assert found.instances == expected
+
+
 def test_warm_up_rises_over_at_most_a_quarter_of_the_run() -> None:
     long = Config()
     assert [warmup(s, long) for s in (0, 124, 250, 900)] == pytest.approx([1 / 251, 125 / 251, 1, 1])

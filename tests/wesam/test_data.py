@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from wesam.data import SPLITS, domain_names, load_domain
+from wesam.data import SPLITS, Domain, Sample, domain_names, load_domain
 from wesam.data.published import PUBLISHED
 from wesam.data.scenes import STYLES, scene
 from wesam.errors import InputError
@@ -57,6 +57,17 @@ def test_splits_are_sequences() -> None:
     assert val[-1].key == val[len(val) - 1].key
     with pytest.raises(IndexError):
         val[len(val)]
+
+
+def test_the_instances_that_val_is_scored_with_lie_evenly_in_its_list(camouflaged: Domain) -> None:
+    sample = Sample("x", torch.zeros(3, 4, 10), torch.eye(10, dtype=torch.bool)[:, None].expand(-1, 4, -1))
+    assert sample.only(4).masks[:, 0].nonzero()[:, 1].tolist() == [0, 2, 5, 7]
+    assert torch.equal(sample.only(4).weak_labels("point").points, sample.weak_labels("point").points[[0, 2, 5, 7]])
+    given = Sample("x", sample.image, {"box": sample.weak_labels("box"), "point": sample.weak_labels("point")})
+    assert torch.equal(given.only(4).weak_labels("box").boxes, sample.only(4).weak_labels("box").boxes)
+    unlabelled = Sample("x", sample.image, {})
+    assert (sample.only(0), sample.only(10), unlabelled.only(4)) == (sample, sample, unlabelled)
+    assert [len(s) for s in camouflaged.val(1)] == [1] * len(camouflaged.split("val"))
 
 
 def test_coco_reads_every_kind_of_segmentation_and_skips_crowds(coco_folder: Path) -> None:

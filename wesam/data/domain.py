@@ -66,6 +66,16 @@ class Sample:
             raise InputError(f"{self.key} has no masks, {known}: --prompt {' or '.join(self.labels or ['grid'])}")
         return self.labels[kind]
 
+    def only(self, most: int) -> Sample:
+        """The same image with at most so many of its instances, evenly over the list of them; 0 keeps all."""
+        count = len(self)
+        if not 0 < most < count:
+            return self
+        chosen = torch.arange(most) * count // most
+        labels = self.labels
+        few = labels[chosen] if isinstance(labels, Tensor) else {k: given[chosen] for k, given in labels.items()}
+        return Sample(self.key, self.image, few)
+
     def visible(self, side: int) -> Tensor:
         """The numbers of the instances that a model of this input side can see, int [M], by their boxes.
 
@@ -134,6 +144,11 @@ class Domain:
     def split(self, name: str) -> Split:
         """The images of ``train``, ``val`` or ``test``."""
         return self.splits[name]
+
+    def val(self, most: int) -> Split:
+        """The images of val with at most so many instances of each, as :meth:`Sample.only` has it."""
+        whole = self.split("val")
+        return Split(len(whole), lambda i: whole[i].only(most))
 
     def shared(self, one: str, other: str) -> list[tuple[str, str]]:
         """The keys of the images that two splits have in common, pixel by pixel; reads all of both."""
