@@ -18,6 +18,7 @@ from tuning.entries import Cell, Cells, check_cells, check_disjoint
 from tuning.measure import Measured, measure
 from tuning.plan import load_domains, shown
 from tuning.progress import QUIET_SECONDS, clock
+from tuning.scratch import scratch
 from tuning.tables import Group, Plan, groups
 from tuning.tracking import Data, Run, Tracker, environment
 from wesam.data import load_domain
@@ -63,6 +64,17 @@ def collect(plan: Plan, tracker: Tracker, *, compute: bool = True, cpus: int = 1
     if faults:
         raise InputError("\n".join(faults))
     return found
+
+
+def keep(tracker: Tracker, name: str, files: Mapping[str, str]) -> None:
+    """Puts a table's files among the artifacts of its run, where MLflow's pages show them."""
+    table = Known(tracker, name).table
+    assert table is not None
+    run_id = table.info.run_id
+    with scratch() as folder:
+        for file, text in files.items():
+            (folder / file).write_text(text)
+        tracker.later(lambda: tracker.client.log_artifacts(run_id, str(folder))).result()
 
 
 class _Driver:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from tuning.tables import Kind, make_plan
 from wesam.console import DOMAIN_HELP, PROMPT_HELP
@@ -86,16 +86,18 @@ def run(args: argparse.Namespace) -> None:
         cells = gather.collect(
             plan, tracker, compute=not args.no_run, cpus=args.cpus_per_cell, gpus=args.gpus_per_cell
         )  # fmt: skip
+        page = table_page.markdown(plan, cells)
+        files = {
+            f"{plan.kind}.md": page,
+            f"{plan.kind}.tex": table_page.latex(plan, cells),
+            f"{plan.kind}.json": json.dumps(table_page.data(plan, cells), indent=1) + "\n",
+        }
+        if not args.no_run:
+            gather.keep(tracker, plan.name, files)
     finally:
         tracker.close()
         if not args.no_run:
             runtime.stop()
-    page = table_page.markdown(plan, cells)
-    files: dict[str, Any] = {
-        f"{plan.kind}.md": page,
-        f"{plan.kind}.tex": table_page.latex(plan, cells),
-        f"{plan.kind}.json": json.dumps(table_page.data(plan, cells), indent=1) + "\n",
-    }
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():

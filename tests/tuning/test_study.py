@@ -399,6 +399,9 @@ def test_a_table_is_made_only_from_runs_that_are_all_there(
     assert {f.name for f in out.iterdir()} == {"methods.md", "methods.tex", "methods.json"}
     first = found()
     assert len(first) == 1 + 5 + 5
+    (table,) = tracker.find("table")
+    kept = Path(tracker.client.download_artifacts(table.info.run_id, "", str(tmp_path)))
+    assert all((kept / f.name).read_text() == f.read_text() for f in out.iterdir()), "MLflow has them too"
     assert {status for _, status, _ in first.values()} == {"FINISHED"}
     assert mlflow.active_run() is None
     cell = tracker.run(first["cell wesam-small-box seed 1"][0])

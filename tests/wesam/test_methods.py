@@ -23,8 +23,8 @@ from wesam.methods import METHODS, Batch, checked_method, get_method, method_pre
 from wesam.methods.dept import voted
 from wesam.methods.shot import nearest_prototype
 from wesam.methods.wdass import corrected, to_prototypes
-from wesam.methods.wesam_plus import exclusive
-from wesam.prompts import Prompts
+from wesam.methods.wesam_plus import against_label, covered, exclusive, in_pixels
+from wesam.prompts import Prompts, tight_boxes
 
 KINDS: tuple[PromptKind, ...] = ("box", "point", "coarse")
 
@@ -172,6 +172,23 @@ def test_what_two_prompts_claim_belongs_to_the_surer_one() -> None:
     logits = torch.tensor([[[1.0, 3.0, -1.0]], [[2.0, 1.0, -2.0]], [[5.0, 5.0, -1.0]]])
     masks = exclusive(logits, torch.tensor([0, 0, 1]))  # the third lies in another image
     assert masks[:, 0].tolist() == [[False, True, False], [True, False, False], [True, True, False]]
+
+
+@pytest.mark.parametrize("box", [(6.0, 8.0, 19.0, 25.0), (5.0, 9.0, 10.0, 15.0)])
+def test_a_mask_fits_its_box_to_a_pixel_though_its_cells_are_coarser(box: tuple[float, ...]) -> None:
+    given = Prompts(boxes=torch.tensor([box]))
+    logits = torch.zeros(1, 8, 8, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], 0.1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        against_label(logits, given, 4).sum().backward()
+        optimizer.step()
+    masks = in_pixels(logits.detach(), 4) > 0
+    assert masks.shape == (1, 32, 32)
+    assert (tight_boxes(masks) - given.boxes).abs().max() <= 1
+    share = covered(masks, 4)
+    assert share.sum() * 16 == masks.sum()
+    assert ((share > 0) & (share < 1)).any(), "the edge lies within a cell"
 
 
 def test_cells_get_the_label_of_the_nearer_prototype() -> None:

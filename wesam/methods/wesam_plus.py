@@ -7,49 +7,72 @@ What is added to WeSAM, none of it from more labels than WeSAM has:
   against the polygon;
 - pseudo labels never contradict the weak labels: they are cut to the box, and a place that several prompts of an image
   claim belongs to the one whose teacher is surest of it (not with a grid's clicks, of which several may be on a thing);
+- both are taken in the pixels that the model sees, not in the four times coarser cells of its masks, in which the edge
+  of a small object would be moved by up to a cell: targets are the share of each cell that is covered;
 - a weak anchor, since the weak label now holds the student.
 
 Tried with boxes and left out, since they did not win on val of both camouflaged and corrupted scenes: an averaged
-teacher, the decoder's LoRA, for each pseudo label the level at which it fits its box best.
+teacher, the decoder's LoRA, for each pseudo label the level at which it fits its box best, that neighbouring cells of
+one colour belong together (BoxInst's other loss).
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from wesam import losses as L
 from wesam.adapters import AdaptedSam
 from wesam.config import Config
-from wesam.methods.base import Batch, Method, given_boxes
+from wesam.methods.base import Batch, Method
 from wesam.methods.wesam import SEARCHED, self_training
 from wesam.prompts import Prompts
 
 
 def losses(model: AdaptedSam, batch: Batch, config: Config) -> dict[str, Tensor]:
     """The losses of WeSAM on such pseudo labels, and that against the weak label, each [N]."""
-    given = Prompts.concatenate(batch.prompts)
+    given, stride = Prompts.concatenate(batch.prompts), int(batch.stride)
 
     def beside(student: Tensor) -> dict[str, Tensor]:
-        return {"label": config.loss.label * against_label(student, given, batch)} if config.loss.label else {}
+        return {"label": config.loss.label * against_label(student, given, stride)} if config.loss.label else {}
 
     def pseudo_labels(teacher: Tensor) -> Tensor:
-        found = teacher > 0 if config.prompt == "grid" else exclusive(teacher, batch.image)
-        return found if given.boxes is None else found & given_boxes(batch)
+        seen = in_pixels(teacher, stride)
+        found = seen > 0 if config.prompt == "grid" else exclusive(seen, batch.image)
+        if given.boxes is not None:
+            found &= box_pixels(given.boxes, seen)
+        return covered(found, stride)
 
     return self_training(model, batch, config, pseudo_labels, beside)
 
 
-def against_label(logits: Tensor, given: Prompts, batch: Batch) -> Tensor:
-    """How badly masks, logits [N, m, m], fit the weak labels that they answer, [N]."""
+def against_label(logits: Tensor, given: Prompts, stride: int) -> Tensor:
+    """How badly masks, logits [N, m, m], fit the weak labels that they answer, [N]; stride: pixels per cell."""
     if given.boxes is not None:
-        return L.tightness(logits, given_boxes(batch))
+        seen = in_pixels(logits, stride)
+        return L.tightness(seen, box_pixels(given.boxes, seen))
     if given.polygons is not None:
-        filled = given.mask_input(logits.shape[-1], batch.stride)[:, 0] > 0
-        return L.dice(logits, filled.to(logits.device))
+        side = stride * logits.shape[-1]
+        return L.dice(logits, covered(given.filled((side, side)), stride).to(logits.device))
     assert given.points is not None
     assert given.point_labels is not None
-    return L.at_clicks(logits, given.points.to(logits.device), given.point_labels.to(logits.device), batch.stride)
+    return L.at_clicks(logits, given.points.to(logits.device), given.point_labels.to(logits.device), stride)
+
+
+def in_pixels(logits: Tensor, stride: int) -> Tensor:
+    """Masks in the pixels that the model sees, as they are scored: logits [N, m, m] -> [N, stride * m, stride * m]."""
+    return F.interpolate(logits[:, None], scale_factor=stride, mode="bilinear", align_corners=False)[:, 0]
+
+
+def box_pixels(boxes: Tensor, like: Tensor) -> Tensor:
+    """The pixels that boxes [N, 4] touch, bool, of the shape of ``like``, [N, S, S]."""
+    return L.box_masks(boxes, like.shape[-1], 1.0).to(like.device)
+
+
+def covered(masks: Tensor, stride: int) -> Tensor:
+    """The share of each cell that is covered: bool [N, stride * m, stride * m] -> [N, m, m] in 0..1."""
+    return F.avg_pool2d(masks[:, None].float(), stride)[:, 0]
 
 
 def exclusive(logits: Tensor, image: Tensor) -> Tensor:
