@@ -156,7 +156,7 @@ class DomainSearch(threading.Thread):
             missing = [r for r in REFERENCES if r not in seen]
             catch_up(self._study, plan, done, going_on)
             enqueue(self._study, plan, [r for r in missing if r in held])
-            scheduler = make_scheduler(plan, c.budget)
+            scheduler = make_scheduler(plan, c.budget, start)
             tell(scheduler, [past(c.tracker, t) for t in done])
             resources = runtime.worker_resources(plan.gpus_per_worker)
             setting = Setting(plan=plan, direct={t.given: t.direct for t in self._targets}, resources=resources)

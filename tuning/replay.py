@@ -50,13 +50,13 @@ _NOTHING_RUNS: Any = SimpleNamespace(get_live_trials=list)
 """All that a scheduler asks of Tune."""
 
 
-def replay(plan: Plan, past: Sequence[Past]) -> Replayed:
-    """The same trials, one after the other, under ASHA, which may stop any but the paper's.
+def replay(plan: Plan, past: Sequence[Past], direct: float) -> Replayed:
+    """The same trials, one after the other, under ASHA, which may stop any but the paper's; direct: Direct's score.
 
     Who proposes trials might have learned other things from shortened ones: that is not in it.
     """
     whole = replace(plan, scheduler="asha", hours=math.inf, gpu_hours=math.inf)
-    return tell(make_scheduler(whole, Budget(whole)), past)
+    return tell(make_scheduler(whole, Budget(whole), direct), past)
 
 
 def tell(scheduler: Stopping, past: Sequence[Past]) -> Replayed:

@@ -185,7 +185,7 @@ def _cost(part: Part, plan: Plan) -> str:
     if plan.scheduler != "none":
         full = cost["full_steps"]
         return f"{said}, {share(cost['steps'] / full)} of the {full} that all its trials to their ends would take."
-    left = replay(plan, part.past)
+    left = replay(plan, part.past, part.found.direct)
     best = max(t.best for t in part.found.trials)
     return (
         f"{said}. Replayed with ASHA, the same trials take {left.steps} steps ({share(left.steps / cost['steps'])}), "

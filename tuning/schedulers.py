@@ -23,14 +23,17 @@ class Stopping(TrialScheduler):
     """Beside one of Tune's schedulers: never stops the trial with the paper's hyperparameters, with which all others
     are compared, what confirms a search, nor a trial at its last step.
 
-    Stops, from the grace period on, a trial whose best score is as old as half of its steps: the best checkpoint is
-    kept, and self-training that has passed its best falls. When the budget is spent, it stops whatever of the search
-    has been evaluated.
+    Stops, from the grace period on, a trial that has been better than Direct and whose best score is as old as half of
+    its steps: the best checkpoint is kept, and self-training that has passed its best falls. When the budget is spent,
+    it stops whatever of the search has been evaluated.
     """
 
-    def watch(self, budget: Budget, grace: float) -> None:
-        """To be called once, before the first trial. grace: steps before which none is stopped for its score."""
-        self._budget, self._grace = budget, grace
+    def watch(self, budget: Budget, grace: float, direct: float) -> None:
+        """To be called once, before the first trial.
+
+        grace: steps before which none is stopped for its score. direct: the score of the model as it is.
+        """
+        self._budget, self._grace, self._direct = budget, grace, direct
         self._risen: dict[str, tuple[float, int]] = {}
         """Trial -> its best score, but for less than MARGIN, and the step at which it had reached that."""
         self.stopped: dict[str, str] = {}
@@ -63,7 +66,7 @@ class Stopping(TrialScheduler):
         known, since = self._risen.get(trial_id, (-math.inf, step))
         if best > known + MARGIN:
             self._risen[trial_id] = known, since = best, step
-        return step >= self._grace and 2 * since <= step
+        return known > self._direct + MARGIN and step >= self._grace and 2 * since <= step
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """Nobody is measured by what only confirms the search, such as Supervised."""
@@ -83,9 +86,10 @@ class Patient(Stopping, FIFOScheduler):
     """Stops nothing early."""
 
 
-def make_scheduler(plan: Plan, budget: Budget) -> Stopping:
+def make_scheduler(plan: Plan, budget: Budget, direct: float) -> Stopping:
     """The plan's scheduler, on optimisation steps, so that the number of workers does not matter.
 
+    direct: the score of the model as it is.
     Nothing is judged before twice the warm-up: until then a trial has hardly moved, and its score tells nothing.
     """
     steps, every = plan.base.steps, min(plan.base.eval_every, plan.base.steps)
@@ -100,5 +104,5 @@ def make_scheduler(plan: Plan, budget: Budget) -> Stopping:
         made = Median(**common)
     else:
         made, grace = Patient(), math.inf  # type: ignore[no-untyped-call]
-    made.watch(budget, grace)
+    made.watch(budget, grace, direct)
     return made

@@ -37,6 +37,9 @@ from tuning.space import DEFAULT, Axis
 from tuning.tracking import Trial
 from wesam.errors import InputError
 
+DIRECT = 0.5
+"""The score of the model as it is."""
+
 
 def make(tmp_path: Path, method: str = "wesam", **settings: Any) -> Plan:
     """A plan of the paper's method, whose space holds both references."""
@@ -290,7 +293,7 @@ def test_a_budget_that_is_spent_ends_the_search(tmp_path: Path) -> None:
     budget.begin("camouflaged", "a")
     assert budget.over()
     assert search.suggest("b")["role"] == "supervised", "the budget is the search's"
-    scheduler = make_scheduler(plan, budget)
+    scheduler = make_scheduler(plan, budget, 0.0)
     trial: Any = SimpleNamespace(trial_id="a", config={"reference": "paper"})
     scheduler.on_trial_add(None, trial)
     assert scheduler.on_trial_result(None, trial, result(0.5, 2)) == TrialScheduler.STOP
@@ -403,7 +406,7 @@ def test_a_seed_decides_the_proposals_and_a_study_that_goes_on_makes_others(tmp_
 @pytest.mark.parametrize("name", ["asha", "median"])
 def test_what_is_behind_is_stopped_but_never_the_papers_nor_before_it_has_warmed_up(name: str, tmp_path: Path) -> None:
     plan = make(tmp_path, scheduler=name)
-    scheduler = make_scheduler(plan, Budget(plan))
+    scheduler = make_scheduler(plan, Budget(plan), DIRECT)
 
     class Found(SimpleNamespace):
         __hash__ = object.__hash__  # type: ignore[assignment]
@@ -438,8 +441,8 @@ def test_a_study_that_ran_to_its_end_can_be_replayed_with_early_stopping(tmp_pat
     plan = make(tmp_path, scheduler="none")
     good, bad = [(2, 0.5), (4, 0.6), (8, 0.7)], [(2, 0.5), (4, 0.5), (8, 0.9)]
     runs = [Past(8, True, bad), *(Past(8, False, c) for c in (good, good, good, bad))]
-    assert replay(plan, runs) == Replayed(steps=8 + 3 * 8 + 4, best=0.9)
-    assert replay(plan, runs[1:]) == Replayed(steps=3 * 8 + 4, best=0.7), "the late riser was stopped"
+    assert replay(plan, runs, DIRECT) == Replayed(steps=8 + 3 * 8 + 4, best=0.9)
+    assert replay(plan, runs[1:], DIRECT) == Replayed(steps=3 * 8 + 4, best=0.7), "the late riser was stopped"
 
 
 @pytest.mark.parametrize("name", ["asha", "median", "none"])
@@ -447,18 +450,19 @@ def test_what_is_past_its_best_is_stopped(name: str, tmp_path: Path) -> None:
     plan = make(tmp_path, scheduler=name)  # 8 steps, none judged before 4
     rising = [(2, 0.5), (4, 0.6), (6, 0.7), (8, 0.8)]
     past_best = [(2, 0.9), (4, 0.9005), (6, 0.9005), (8, 0.95)]
+    late = [(2, DIRECT), (4, DIRECT), (6, DIRECT), (8, 0.95)]
     whole = name == "none"
-    for curve, steps in ((rising, 8), (past_best, 8 if whole else 4)):
-        scheduler = make_scheduler(plan, Budget(plan))
+    for curve, steps in ((rising, 8), (past_best, 8 if whole else 4), (late, 8)):
+        scheduler = make_scheduler(plan, Budget(plan), DIRECT)
         assert tell(scheduler, [Past(8, False, curve)]).steps == steps
         assert list(scheduler.stopped.values()) == ([] if steps == 8 else ["plateau"])
-        assert tell(make_scheduler(plan, Budget(plan)), [Past(8, True, curve)]).steps == 8, "the paper's"
+        assert tell(make_scheduler(plan, Budget(plan), DIRECT), [Past(8, True, curve)]).steps == 8, "the paper's"
 
 
 @pytest.mark.parametrize("name", ["asha", "median"])
 def test_a_study_that_goes_on_measures_new_trials_by_those_before(name: str, tmp_path: Path) -> None:
     plan = make(tmp_path, scheduler=name)
-    scheduler = make_scheduler(plan, Budget(plan))
+    scheduler = make_scheduler(plan, Budget(plan), DIRECT)
     tell(scheduler, [Past(8, False, [(2, 0.5), (4, 0.6)])] * 3)
     new: Any = _Trial("new", {})
     scheduler.on_trial_add(_NOTHING_RUNS, new)
@@ -468,7 +472,7 @@ def test_a_study_that_goes_on_measures_new_trials_by_those_before(name: str, tmp
 
 def test_none_stops_nothing(tmp_path: Path) -> None:
     plan = make(tmp_path, scheduler="none")
-    scheduler = make_scheduler(plan, Budget(plan))
+    scheduler = make_scheduler(plan, Budget(plan), DIRECT)
     for i in range(9):
         trial: Any = SimpleNamespace(trial_id=str(i), config={"point": {}})
         assert scheduler.on_trial_result(None, trial, result(1 - 0.1 * i, 4)) == TrialScheduler.CONTINUE
