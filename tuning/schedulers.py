@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import Any
 
 from ray.tune.experiment import Trial
@@ -19,9 +20,13 @@ PLATEAU = "plateau"
 """Why a trial was stopped that was past its best: what it has reached is all that there is to know of it."""
 
 
+ENOUGH = 3
+"""So many trials must have come to a step before one of them is called behind there: of fewer a third is none."""
+
+
 class Stopping(TrialScheduler):
     """Beside one of Tune's schedulers: never stops the trial with the paper's hyperparameters, with which all others
-    are compared, what confirms a search, nor a trial at its last step.
+    are compared, what confirms a search, nor a trial at its last step, nor one that is behind fewer than two.
 
     Stops, from the grace period on, a trial that has been better than Direct and whose best score is as old as half of
     its steps: the best checkpoint is kept, and self-training that has passed its best falls. When the budget is spent,
@@ -36,6 +41,8 @@ class Stopping(TrialScheduler):
         self._budget, self._grace, self._direct = budget, grace, direct
         self._risen: dict[str, tuple[float, int]] = {}
         """Trial -> its best score, but for less than MARGIN, and the step at which it had reached that."""
+        self._come: Counter[int] = Counter()
+        """Step -> how many trials have come to it."""
         self.stopped: dict[str, str] = {}
         """Trial -> ``pruned``, ``plateau`` or ``budget``."""
 
@@ -56,7 +63,8 @@ class Stopping(TrialScheduler):
             self.stopped[trial.trial_id] = "budget"
             return TrialScheduler.STOP
         flat = self._flat(trial.trial_id, result[METRIC], result["step"])
-        behind = decision == TrialScheduler.STOP
+        self._come[result["step"]] += 1
+        behind = decision == TrialScheduler.STOP and self._come[result["step"]] >= ENOUGH
         if (behind or flat) and trial.config.get("reference") != KEPT:
             self.stopped[trial.trial_id] = "pruned" if behind else PLATEAU
             return TrialScheduler.STOP

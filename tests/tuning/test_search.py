@@ -459,6 +459,14 @@ def test_what_is_past_its_best_is_stopped(name: str, tmp_path: Path) -> None:
         assert tell(make_scheduler(plan, Budget(plan), DIRECT), [Past(8, True, curve)]).steps == 8, "the paper's"
 
 
+def test_the_first_two_at_a_step_are_behind_nobody(tmp_path: Path) -> None:
+    plan = make(tmp_path, scheduler="asha")
+    good, bad = [(4, DIRECT), (6, 0.6), (8, 0.7)], [(4, 0.4), (6, 0.8), (8, 0.9)]
+    for count, steps in ((1, 8), (2, 16), (3, 20)):
+        runs = [Past(8, False, c) for c in (good, bad, bad)[:count]]
+        assert tell(make_scheduler(plan, Budget(plan), DIRECT), runs).steps == steps
+
+
 @pytest.mark.parametrize("name", ["asha", "median"])
 def test_a_study_that_goes_on_measures_new_trials_by_those_before(name: str, tmp_path: Path) -> None:
     plan = make(tmp_path, scheduler=name)
