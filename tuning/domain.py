@@ -105,7 +105,7 @@ class DomainSearch(threading.Thread):
     def _concluded(self, run: Run) -> list[Row]:
         """run: the parent of the trials."""
         c = self._c
-        with c.board.opening(self.name):
+        with c.board.scoring(self.name, "the unadapted model"):
             new = [t.refer() for t in self._targets]
         direct = {t.name: t.direct for t in self._targets}
         if any(new):
@@ -114,7 +114,8 @@ class DomainSearch(threading.Thread):
         self._search(run)
         if self.trials:
             c.board.say("search done; the best on val meets test", self.name)
-        return conclude(c, run, self._targets)
+        with c.board.scoring(self.name, "what was found, on test"):
+            return conclude(c, run, self._targets)
 
     def _trial_zero(self, run: Run, score: float, metrics: Mapping[str, float]) -> None:
         """Direct as a run among the trials, to be compared with them in MLflow's pages."""

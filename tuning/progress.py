@@ -33,8 +33,8 @@ class _Domain:
     """Steps of the trials that are over."""
     stopped: int = 0
     """How many of them did not run to their end."""
-    opening: bool = False
-    """Whether the unadapted model is being scored."""
+    scored: str = ""
+    """What is being scored beside trials; empty if nothing is."""
     direct: float | None = None
     paper: float | None = None
     best: float | None = None
@@ -95,14 +95,14 @@ class Board:
             self._domains[domain].trials, self._domains[domain].skipped = trials, done
 
     @contextmanager
-    def opening(self, domain: str) -> Iterator[None]:
-        """While the unadapted model is scored, before there are any trials."""
+    def scoring(self, domain: str, what: str) -> Iterator[None]:
+        """While something is scored, before there are any trials or after them."""
         now = self._domains[domain]
-        now.opening = True
+        now.scored = what
         try:
             yield
         finally:
-            now.opening = False
+            now.scored = ""
 
     def scores(
         self, domain: str, *, direct: float | None = None, paper: float | None = None, best: float | None = None
@@ -150,8 +150,8 @@ class Board:
         said = f"{sum(r.done for r in rows)} of {sum(r.trials for r in rows)} trials done"
         said += f", about {clock(left).strip()} left" if left else ""
         running = [f"{d} {n} at step {s}" for d, r in self._domains.items() for n, s in sorted(r.running.items())]
-        opening = [d for d, r in self._domains.items() if r.opening]
-        said += f"; scoring the unadapted model: {', '.join(opening)}" if opening else ""
+        scored = [f"{d}, {r.scored}" for d, r in self._domains.items() if r.scored]
+        said += f"; scoring {'; '.join(scored)}" if scored else ""
         return said + (f"; running: {', '.join(running)}" if running else "")
 
     def _table(self) -> Table:

@@ -38,13 +38,13 @@ def test_a_line_says_what_is_done_before_there_are_trials(
     now = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with Board(["a", "b"], ["a", "b"], 4, 60) as board:
-        with board.opening("b"):
+        with board.scoring("b", "the unadapted model"):
             now[0] += 31
             board.tick()
         now[0] += 31
         board.tick()
     assert capsys.readouterr().out.splitlines() == [
-        " 0:31  0 of 8 trials done; scoring the unadapted model: b", " 1:02  0 of 8 trials done"
+        " 0:31  0 of 8 trials done; scoring b, the unadapted model", " 1:02  0 of 8 trials done"
     ]  # fmt: skip
 
 
