@@ -9,7 +9,7 @@ import wesam.methods.wesam
 from wesam.cli import main
 from wesam.config import preset
 from wesam.memory import _Live, reckon, relief
-from wesam.methods import METHODS, Method
+from wesam.methods import METHODS, Method, method_preset
 from wesam.sam import REGISTRY
 from wesam.sam.nano import build_nano
 
@@ -40,6 +40,12 @@ def test_a_step_needs_more_for_more() -> None:
     assert reckon(build_nano, SMALL.replace({"compute.checkpointing": True}), 8) < 0.8 * plain
     assert reckon(build_nano, SMALL.replace({"compute.precision": "bf16"}), 8) < 0.8 * plain
     assert reckon(build_nano, SMALL.replace({"teacher.decay": 0.9}), 8) < 0.7 * plain
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_methods_step_is_reckoned(name: str) -> None:
+    changes = {"optim.batch_size": 2, "max_instances": 4}
+    assert 0.05 < reckon(build_nano, method_preset("nano", name).replace(changes), 4) < 0.5
 
 
 def test_what_would_help_is_said_with_figures() -> None:

@@ -170,7 +170,7 @@ def test_clicks_are_looked_up_where_they_are() -> None:
 
 def test_what_two_prompts_claim_belongs_to_the_surer_one() -> None:
     logits = torch.tensor([[[1.0, 3.0, -1.0]], [[2.0, 1.0, -2.0]], [[5.0, 5.0, -1.0]]])
-    masks = exclusive(logits, torch.tensor([0, 0, 1]))  # the third lies in another image
+    masks = exclusive(logits, [2, 1])  # the third lies in another image
     assert masks[:, 0].tolist() == [[False, True, False], [True, False, False], [True, True, False]]
 
 

@@ -43,11 +43,9 @@ def voted(features: Tensor, probability: Tensor, image: Tensor, count: int) -> T
     """
     g, m = features.shape[-1], probability.shape[-1]
     coarse = F.avg_pool2d(probability[:, None], m // g).flatten(1)
-    out = torch.empty_like(coarse)
-    for i in image.unique():
-        cells = F.normalize(features[i].flatten(1), dim=0)
-        near = (cells.T @ cells).topk(min(count, g * g), dim=1).indices
-        out[image == i] = coarse[image == i][:, near].mean(2)
+    cells = F.normalize(features.flatten(2), dim=1)
+    near = torch.stack([(c.T @ c).topk(min(count, g * g), dim=1).indices for c in cells])[image]
+    out = coarse.gather(1, near.flatten(1)).unflatten(1, (g * g, -1)).mean(2)
     vote = F.interpolate(out.unflatten(1, (1, g, g)), size=(m, m), mode="bilinear")[:, 0]
     return 0.5 * (probability + vote)
 

@@ -18,6 +18,8 @@ one colour belong together (BoxInst's other loss).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,7 +41,7 @@ def losses(model: AdaptedSam, batch: Batch, config: Config) -> dict[str, Tensor]
 
     def pseudo_labels(teacher: Tensor) -> Tensor:
         seen = in_pixels(teacher, stride)
-        found = seen > 0 if config.prompt == "grid" else exclusive(seen, batch.image)
+        found = seen > 0 if config.prompt == "grid" else exclusive(seen, [len(p) for p in batch.prompts])
         if given.boxes is not None:
             found &= box_pixels(given.boxes, seen)
         return covered(found, stride)
@@ -75,13 +77,13 @@ def covered(masks: Tensor, stride: int) -> Tensor:
     return F.avg_pool2d(masks[:, None].float(), stride)[:, 0]
 
 
-def exclusive(logits: Tensor, image: Tensor) -> Tensor:
-    """Masks, bool [N, m, m], from logits [N, m, m]: what several prompts of an image claim has the surest of them."""
-    out = torch.zeros_like(logits, dtype=torch.bool)
-    for i in image.unique():
-        of = image == i
-        out[of] = (logits[of] > 0) & (logits[of] == logits[of].amax(0))
-    return out
+def exclusive(logits: Tensor, counts: Sequence[int]) -> Tensor:
+    """Masks, bool [N, S, S], from logits [N, S, S]: what several prompts of an image claim has the surest of them.
+
+    counts: how many of the N prompts each image has, in order.
+    """
+    surest = [part == part.amax(0) for part in logits.split(list(counts)) if len(part)]
+    return (logits > 0) & torch.cat(surest)
 
 
 METHOD = Method(
