@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -92,16 +93,20 @@ def run(args: argparse.Namespace) -> None:
             f"{plan.kind}.tex": table_page.latex(plan, cells),
             f"{plan.kind}.json": json.dumps(table_page.data(plan, cells), indent=1) + "\n",
         }
+        _write(files, args.out)
         if not args.no_run:
             gather.keep(tracker, plan.name, files)
     finally:
         tracker.close()
         if not args.no_run:
             runtime.stop()
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (args.out / name).write_text(text)
-    except OSError as e:
-        raise InputError(f"cannot write to {args.out}: {e.strerror}") from None
     print(f"\n{page}\nwritten to {', '.join(str(args.out / name) for name in files)}")
+
+
+def _write(files: Mapping[str, str], out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (out / name).write_text(text)
+    except OSError as e:
+        raise InputError(f"cannot write to {out}: {e.strerror}") from None
