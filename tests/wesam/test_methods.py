@@ -23,8 +23,9 @@ from wesam.methods import METHODS, Batch, checked_method, get_method, method_pre
 from wesam.methods.dept import voted
 from wesam.methods.shot import nearest_prototype
 from wesam.methods.wdass import corrected, to_prototypes
-from wesam.methods.wesam_plus import against_label, covered, exclusive, in_pixels
+from wesam.methods.wesam_plus import against_label, covered, exclusive
 from wesam.prompts import Prompts, tight_boxes
+from wesam.sam.promptable import in_pixels
 
 KINDS: tuple[PromptKind, ...] = ("box", "point", "coarse")
 
@@ -183,7 +184,7 @@ def test_a_mask_fits_its_box_to_a_pixel_though_its_cells_are_coarser(box: tuple[
         optimizer.zero_grad()
         against_label(logits, given, 4).sum().backward()
         optimizer.step()
-    masks = in_pixels(logits.detach(), 4) > 0
+    masks = in_pixels(logits.detach(), 32) > 0
     assert masks.shape == (1, 32, 32)
     assert (tight_boxes(masks) - given.boxes).abs().max() <= 1
     share = covered(masks, 4)

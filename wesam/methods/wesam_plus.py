@@ -30,6 +30,7 @@ from wesam.config import Config
 from wesam.methods.base import Batch, Method
 from wesam.methods.wesam import SEARCHED, self_training
 from wesam.prompts import Prompts
+from wesam.sam.promptable import in_pixels
 
 
 def losses(model: AdaptedSam, batch: Batch, config: Config) -> dict[str, Tensor]:
@@ -40,7 +41,7 @@ def losses(model: AdaptedSam, batch: Batch, config: Config) -> dict[str, Tensor]
         return {"label": config.loss.label * against_label(student, given, stride)} if config.loss.label else {}
 
     def pseudo_labels(teacher: Tensor) -> Tensor:
-        seen = in_pixels(teacher, stride)
+        seen = in_pixels(teacher, stride * teacher.shape[-1])
         found = seen > 0 if config.prompt == "grid" else exclusive(seen, [len(p) for p in batch.prompts])
         if given.boxes is not None:
             found &= box_pixels(given.boxes, seen)
@@ -51,25 +52,20 @@ def losses(model: AdaptedSam, batch: Batch, config: Config) -> dict[str, Tensor]
 
 def against_label(logits: Tensor, given: Prompts, stride: int) -> Tensor:
     """How badly masks, logits [N, m, m], fit the weak labels that they answer, [N]; stride: pixels per cell."""
+    side = stride * logits.shape[-1]
     if given.boxes is not None:
-        seen = in_pixels(logits, stride)
+        seen = in_pixels(logits, side)
         return L.tightness(seen, box_pixels(given.boxes, seen))
     if given.polygons is not None:
-        side = stride * logits.shape[-1]
         return L.dice(logits, covered(given.filled((side, side)), stride).to(logits.device))
     assert given.points is not None
     assert given.point_labels is not None
     return L.at_clicks(logits, given.points.to(logits.device), given.point_labels.to(logits.device), stride)
 
 
-def in_pixels(logits: Tensor, stride: int) -> Tensor:
-    """Masks in the pixels that the model sees, as they are scored: logits [N, m, m] -> [N, stride * m, stride * m]."""
-    return F.interpolate(logits[:, None], scale_factor=stride, mode="bilinear", align_corners=False)[:, 0]
-
-
 def box_pixels(boxes: Tensor, like: Tensor) -> Tensor:
     """The pixels that boxes [N, 4] touch, bool, of the shape of ``like``, [N, S, S]."""
-    return L.box_masks(boxes, like.shape[-1], 1.0).to(like.device)
+    return L.box_masks(boxes.to(like.device), like.shape[-1], 1.0)
 
 
 def covered(masks: Tensor, stride: int) -> Tensor:

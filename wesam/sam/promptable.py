@@ -104,6 +104,10 @@ def upscale(logits: Tensor, side: int, resized: tuple[int, int], size: tuple[int
 
     side: the model's input size. resized: the image's (height, width) at that input size. size: its own (H, W).
     """
-    full = F.interpolate(logits[:, None], (side, side), mode="bilinear", align_corners=False)
-    full = full[..., : resized[0], : resized[1]]
+    full = in_pixels(logits, side)[:, None, : resized[0], : resized[1]]
     return F.interpolate(full, size, mode="bilinear", align_corners=False)[:, 0]
+
+
+def in_pixels(logits: Tensor, side: int) -> Tensor:
+    """Low-resolution logits [N, m, m] in the pixels of the model's input, [N, side, side]."""
+    return F.interpolate(logits[:, None], (side, side), mode="bilinear", align_corners=False)[:, 0]
