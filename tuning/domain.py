@@ -18,7 +18,7 @@ from tuning.listener import CHECKPOINT, Listener, read_state
 from tuning.plan import REFERENCES, WORDS, Plan, shown
 from tuning.replay import Past, tell
 from tuning.sampler import catch_up, ended, enqueue
-from tuning.schedulers import KEPT, Stopping, make_scheduler
+from tuning.schedulers import Stopping, make_scheduler
 from tuning.search import Search
 from tuning.target import Context, Target
 from tuning.tracking import ROLE, Run, Tracker, Trial, trials, trials_by_role
@@ -180,7 +180,7 @@ def past(tracker: Tracker, trial: Trial) -> Past:
     """A finished trial, as a scheduler is told of it."""
     history = tracker.history(trial.run_id, METRIC)
     curve = sorted({m.step: float(m.value) for m in history}.items())
-    return Past(int(trial.config["steps"]), trial.reference == KEPT, curve)
+    return Past(int(trial.config["steps"]), trial.reference, curve)
 
 
 def failed_midway(trial: Stored) -> bool:

@@ -12,7 +12,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from tuning.budget import Budget
 from tuning.plan import Plan
-from tuning.schedulers import KEPT, Stopping, make_scheduler
+from tuning.schedulers import Stopping, make_scheduler
 from tuning.trainer import METRIC
 
 
@@ -22,8 +22,8 @@ class Past:
 
     steps: int
     """That it was to have."""
-    kept: bool
-    """Whether it is the one that is never stopped."""
+    reference: str | None
+    """One of :data:`tuning.plan.REFERENCES`, or None."""
     curve: Sequence[tuple[int, float]]
     """(step, best score so far) of each of its evaluations, at least one."""
 
@@ -51,7 +51,7 @@ _NOTHING_RUNS: Any = SimpleNamespace(get_live_trials=list)
 
 
 def replay(plan: Plan, past: Sequence[Past], direct: float) -> Replayed:
-    """The same trials, one after the other, under ASHA, which may stop any but the paper's; direct: Direct's score.
+    """The same trials, one after the other, under ASHA, as :mod:`tuning.schedulers` has it; direct: Direct's score.
 
     Who proposes trials might have learned other things from shortened ones: that is not in it.
     """
@@ -63,7 +63,7 @@ def tell(scheduler: Stopping, past: Sequence[Past]) -> Replayed:
     """Lets a scheduler see trials, one after the other; what it would have stopped ends there."""
     steps, best = 0, -math.inf
     for number, one in enumerate(past):
-        trial: Any = _Trial(f"past {number}", {"reference": KEPT} if one.kept else {})
+        trial: Any = _Trial(f"past {number}", {"reference": one.reference})
         scheduler.on_trial_add(_NOTHING_RUNS, trial)
         result: dict[str, Any] = {}
         for step, score in one.curve:

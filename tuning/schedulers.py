@@ -26,7 +26,8 @@ ENOUGH = 3
 
 class Stopping(TrialScheduler):
     """Beside one of Tune's schedulers: never stops the trial with the paper's hyperparameters, with which all others
-    are compared, what confirms a search, nor a trial at its last step, nor one that is behind fewer than two.
+    are compared, what confirms a search, nor a trial at its last step, nor one that is behind fewer than two. Nor are
+    the model's defaults ever behind: they are known to be sound, and slower than many that learn fast and end lower.
 
     Stops, from the grace period on, a trial that has been better than Direct and whose best score is as old as half of
     its steps: the best checkpoint is kept, and self-training that has passed its best falls. When the budget is spent,
@@ -64,8 +65,9 @@ class Stopping(TrialScheduler):
             return TrialScheduler.STOP
         flat = self._flat(trial.trial_id, result[METRIC], result["step"])
         self._come[result["step"]] += 1
-        behind = decision == TrialScheduler.STOP and self._come[result["step"]] >= ENOUGH
-        if (behind or flat) and trial.config.get("reference") != KEPT:
+        reference = trial.config.get("reference")
+        behind = decision == TrialScheduler.STOP and self._come[result["step"]] >= ENOUGH and reference is None
+        if (behind or flat) and reference != KEPT:
             self.stopped[trial.trial_id] = "pruned" if behind else PLATEAU
             return TrialScheduler.STOP
         return TrialScheduler.CONTINUE  # nor is any paused for others to catch up

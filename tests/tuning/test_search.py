@@ -423,14 +423,16 @@ def test_what_is_behind_is_stopped_but_never_the_papers_nor_before_it_has_warmed
         assert on_result(good, 0.9, 4) == TrialScheduler.CONTINUE
         goods.append(good)
     paper: Any = Found(trial_id="paper", config={"reference": "paper"})
-    bad: Any = Found(trial_id="bad", config={"point": {}, "reference": "defaults"})
+    defaults: Any = Found(trial_id="defaults", config={"point": {}, "reference": "defaults"})
+    bad: Any = Found(trial_id="bad", config={"point": {}})
     upper: Any = Found(trial_id="upper", config={"role": "supervised"})
     scheduler.on_trial_add(None, upper)  # type: ignore[arg-type]
     assert on_result(upper, 0.99, 4) == TrialScheduler.CONTINUE
     scheduler.on_trial_complete(waiting, upper, result(0.99, 8))
-    for t in (paper, bad):
+    for t in (paper, defaults, bad):
         scheduler.on_trial_add(None, t)  # type: ignore[arg-type]
     assert on_result(paper, 0.1, 4) == TrialScheduler.CONTINUE
+    assert on_result(defaults, 0.1, 4) == TrialScheduler.CONTINUE
     assert on_result(bad, 0.1, 2) == TrialScheduler.CONTINUE
     assert on_result(bad, 0.1, 4) == TrialScheduler.STOP
     assert scheduler.stopped == {"bad": "pruned"}
@@ -440,7 +442,7 @@ def test_what_is_behind_is_stopped_but_never_the_papers_nor_before_it_has_warmed
 def test_a_study_that_ran_to_its_end_can_be_replayed_with_early_stopping(tmp_path: Path) -> None:
     plan = make(tmp_path, scheduler="none")
     good, bad = [(2, 0.5), (4, 0.6), (8, 0.7)], [(2, 0.5), (4, 0.5), (8, 0.9)]
-    runs = [Past(8, True, bad), *(Past(8, False, c) for c in (good, good, good, bad))]
+    runs = [Past(8, "paper", bad), *(Past(8, None, c) for c in (good, good, good, bad))]
     assert replay(plan, runs, DIRECT) == Replayed(steps=8 + 3 * 8 + 4, best=0.9)
     assert replay(plan, runs[1:], DIRECT) == Replayed(steps=3 * 8 + 4, best=0.7), "the late riser was stopped"
 
@@ -454,16 +456,17 @@ def test_what_is_past_its_best_is_stopped(name: str, tmp_path: Path) -> None:
     whole = name == "none"
     for curve, steps in ((rising, 8), (past_best, 8 if whole else 4), (late, 8)):
         scheduler = make_scheduler(plan, Budget(plan), DIRECT)
-        assert tell(scheduler, [Past(8, False, curve)]).steps == steps
+        assert tell(scheduler, [Past(8, None, curve)]).steps == steps
         assert list(scheduler.stopped.values()) == ([] if steps == 8 else ["plateau"])
-        assert tell(make_scheduler(plan, Budget(plan), DIRECT), [Past(8, True, curve)]).steps == 8, "the paper's"
+        assert tell(make_scheduler(plan, Budget(plan), DIRECT), [Past(8, "paper", curve)]).steps == 8, "the paper's"
+        assert tell(make_scheduler(plan, Budget(plan), DIRECT), [Past(8, "defaults", curve)]).steps == steps
 
 
 def test_the_first_two_at_a_step_are_behind_nobody(tmp_path: Path) -> None:
     plan = make(tmp_path, scheduler="asha")
     good, bad = [(4, DIRECT), (6, 0.6), (8, 0.7)], [(4, 0.4), (6, 0.8), (8, 0.9)]
     for count, steps in ((1, 8), (2, 16), (3, 20)):
-        runs = [Past(8, False, c) for c in (good, bad, bad)[:count]]
+        runs = [Past(8, None, c) for c in (good, bad, bad)[:count]]
         assert tell(make_scheduler(plan, Budget(plan), DIRECT), runs).steps == steps
 
 
@@ -471,7 +474,7 @@ def test_the_first_two_at_a_step_are_behind_nobody(tmp_path: Path) -> None:
 def test_a_study_that_goes_on_measures_new_trials_by_those_before(name: str, tmp_path: Path) -> None:
     plan = make(tmp_path, scheduler=name)
     scheduler = make_scheduler(plan, Budget(plan), DIRECT)
-    tell(scheduler, [Past(8, False, [(2, 0.5), (4, 0.6)])] * 3)
+    tell(scheduler, [Past(8, None, [(2, 0.5), (4, 0.6)])] * 3)
     new: Any = _Trial("new", {})
     scheduler.on_trial_add(_NOTHING_RUNS, new)
     assert scheduler.on_trial_result(_NOTHING_RUNS, new, result(0.5, 2)) == TrialScheduler.CONTINUE
