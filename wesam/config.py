@@ -265,23 +265,15 @@ def _parse(path: str, text: str, kind: type) -> Value:
     raise InputError(f"{path} must be {_TYPE_NAMES[kind]}, got {text!r}")
 
 
-_NANO: dict[str, Value] = {
-    "lora.rank": 16, "lora.alpha_ratio": 2.0, "loss.focal": 60.0, "loss.dice": 0.3,
-    "loss.anchor": 0.1, "loss.contrastive": 0.05, "optim.lr": 5e-4, "optim.warmup_steps": 10,
-    "steps": 60, "eval_every": 10, "max_instances": 8, "grid.predicted_iou": 0.6, "grid.stability": 0.5,
-}  # fmt: skip
 PRESETS: dict[str, dict[str, Value]] = {
     "paper": {},
-    "nano": _NANO,
-    "nano-supervised": {
-        "method": "supervised", "lora.rank": 16, "lora.alpha_ratio": 2.0, "lora.targets": "encoder+decoder",
-        "optim.lr": 2e-3, "optim.warmup_steps": 10, "steps": 60, "eval_every": 10, "max_instances": 8,
+    "nano": {
+        "lora.rank": 16, "lora.alpha_ratio": 2.0, "loss.focal": 60.0, "loss.dice": 0.3,
+        "loss.anchor": 0.1, "loss.contrastive": 0.05, "optim.lr": 5e-4, "optim.warmup_steps": 10,
+        "steps": 60, "eval_every": 10, "max_instances": 8, "grid.predicted_iou": 0.6, "grid.stability": 0.5,
     },
 }  # fmt: skip
-"""What differs from the published values, by preset; a model without one of its own uses the published ones.
-
-``MODEL-METHOD`` is that of a method; without one the method's own defaults are put on the model's.
-"""
+"""What differs from the published values, by model; a model without a preset uses the published ones."""
 
 
 def preset(name: str) -> Config:

@@ -24,11 +24,10 @@ def get_method(name: str) -> Method:
 
 
 def method_preset(model: str, method: str) -> Config:
-    """The defaults of a method on a model: the preset MODEL-METHOD, or else MODEL with what the method changes."""
-    changes = {"method": method, **get_method(method).defaults}
-    if f"{model}-{method}" in PRESETS:
-        return preset(f"{model}-{method}").replace({"method": method})
-    return preset(model if model in PRESETS else "paper").replace(changes)
+    """The defaults of a method on a model: the model's, with what the method changes."""
+    m = get_method(method)
+    base = preset(model if model in PRESETS else "paper")
+    return base.replace({"method": method, **m.defaults, **m.fitted.get(model, {})})
 
 
 def check_read(config: Config, methods: Iterable[str], searched: Iterable[str] = ()) -> None:

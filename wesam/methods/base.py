@@ -52,6 +52,8 @@ class Method:
     """Those that most other methods do not read: set or searched for these, they would have no effect."""
     defaults: Mapping[str, Value] = field(default_factory=dict)
     """In what its configuration differs from the model's own."""
+    fitted: Mapping[str, Mapping[str, Value]] = field(default_factory=dict)
+    """The same for one model alone, by the model's name."""
     bolder: Mapping[str, Value] = field(default_factory=dict)
     """Changes to the defaults that move more in as many steps: worth a try where these are too timid."""
     needs_masks: bool = False

@@ -47,4 +47,5 @@ METHOD = Method(
     ),
     own=("teacher.confidence",),
     defaults={"teacher.decay": 0.97, "views.prompt_noise": 0.06},
+    fitted={"nano": {"optim.lr": 2e-3}},
 )  # fmt: skip

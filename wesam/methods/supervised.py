@@ -28,5 +28,6 @@ METHOD = Method(
     losses,
     "the same adapter trained on real masks: the upper reference",
     ("lora.rank", "lora.alpha_ratio", "lora.targets", "optim.lr", "loss.focal", "loss.iou"),
+    fitted={"nano": {"lora.targets": "encoder+decoder", "optim.lr": 2e-3, "loss.focal": 20.0, "loss.dice": 1.0}},
     needs_masks=True,
 )

@@ -42,4 +42,5 @@ METHOD = Method(
     ),
     own=("teacher.confidence",),
     defaults={"train": "norms", "teacher.decay": 0.97, "loss.anchor": 0.5},
+    fitted={"nano": {"optim.lr": 2e-3}},
 )  # fmt: skip

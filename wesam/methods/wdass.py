@@ -84,4 +84,5 @@ METHOD = Method(
         "loss.temperature", "teacher.decay", "views.strength",
     ),
     defaults={"teacher.decay": 0.97},
+    fitted={"nano": {"optim.lr": 2e-3}},
 )  # fmt: skip
