@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from os.path import isabs, relpath
 from shlex import quote
 from typing import Any
 
@@ -78,8 +79,9 @@ def made(plan: Plan, cells: Cells) -> Made:
 
 
 def command(plan: Plan) -> str:
-    """What makes the table."""
-    parts = ["python -m tuning table", plan.kind, "--domains", *map(quote, plan.domains), "--model", quote(plan.model)]
+    """What makes the table, in this folder: a table is handed on, and where all lies on a machine is its owner's."""
+    domains, model = [[quote(relpath(x) if isabs(x) else x) for x in xs] for xs in (plan.domains, [plan.model])]
+    parts = ["python -m tuning table", plan.kind, "--domains", *domains, "--model", *model]
     parts += ["--prompts", *plan.prompts, "--methods", *plan.methods, f"--seeds {plan.seeds} --trials {plan.trials}"]
     parts += [f"--steps {plan.base.steps}", *([f"--crop {plan.base.crop:g}"] if plan.base.crop else [])]
     parts += ["--set", *map(quote, plan.fixed)] if plan.fixed else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,6 +86,12 @@ def test_mean_spread_marks_and_share() -> None:
     assert "python -m tuning table methods --domains camouflaged" in page
     for known in ("abc", "digest of camouf", "a CPU, 2 cores", "2027-01-15", "seeds: 1, 2, 3", "w" * 12):
         assert known in page
+
+
+def test_the_command_names_folders_as_seen_from_here(coco_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(coco_folder.parent)
+    plan = make_plan("methods", [str(coco_folder), "shapes+fog:2"], prompts=["box"])
+    assert " --domains shapes shapes+fog:2 --model nano " in table_page.command(plan)
 
 
 @pytest.mark.parametrize(
