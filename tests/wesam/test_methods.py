@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
@@ -60,6 +61,15 @@ def test_what_a_method_says_is_searched_is_a_hyperparameter(name: str) -> None:
     for changes in (METHODS[name].defaults, METHODS[name].fitted.get("nano", {})):
         assert all(preset.flat()[k] == v for k, v in changes.items())
     assert method_preset("vit_b", name).lora.rank == 4  # no preset of its own: the published values
+
+
+def test_the_help_says_whose_a_hyperparameter_is() -> None:
+    for path in Config().flat():
+        section, _, name = path.rpartition(".")
+        holder = getattr(Config(), section) if section else Config()
+        (doc,) = (f.metadata["doc"] for f in fields(holder) if f.name == name)
+        said = [word for word in doc.partition(": ")[0].split(", ") if word in METHODS]
+        assert said == [name for name, m in METHODS.items() if path in m.own], path
 
 
 def test_a_method_only_looks_at_masks_if_it_says_so(sam: Sam, two: Domain) -> None:
