@@ -13,6 +13,7 @@ import pytest
 from tuning import table_page
 from tuning.cells import Wanted, work
 from tuning.entries import Cell, blocks, check_cells, check_disjoint
+from tuning.table_words import words
 from tuning.tables import Group, Plan, groups, make_plan, rows
 from wesam.config import Config
 from wesam.data import Domain, Split, load_domain
@@ -120,6 +121,28 @@ def test_one_seed_has_no_spread_and_no_gap_is_said_to_be_none() -> None:
     assert "One seed each: no spread is known" in page
     assert "Supervised is not above Direct" in page
     assert "±" not in page
+
+
+@pytest.mark.parametrize(
+    ("model", "note", "crop", "said"),
+    [
+        ("vit_b", "COCO 2017 val in /data/coco; terms: CC BY 4.0", 0.0, True),
+        ("my_vit_b.pth", "COCO 2017 val in /data/coco; terms: CC BY 4.0", 0.0, False),
+        ("vit_b", "COCO instances in /data/coco", 0.0, False),
+        ("vit_b", "COCO 2017 val in /data/coco; terms: CC BY 4.0", 2.0, False),
+    ],
+)
+def test_the_papers_values_are_told_where_data_and_weights_are_the_papers(
+    model: str, note: str, crop: float, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan("methods", ["camouflaged"], prompts=["box", "point"], methods=["wesam"])
+    cells = done(plan, made)
+    (block,) = blocks(plan, cells)
+    coco = replace(load_domain("camouflaged"), name="coco", note=note)
+    monkeypatch.setattr("tuning.table_words.load_domains", lambda names: [coco])
+    real = replace(plan, model=model, base=plan.base.replace({"crop": crop}))
+    found = [line for line in words(real, [replace(block, domain="coco")], {}) if "in the paper" in line]
+    assert [line.partition(":")[0] for line in found] == (["coco box"] if said else [])
 
 
 def test_a_training_that_val_wants_nothing_of_or_that_diverges_is_said_to_be_one() -> None:
