@@ -23,7 +23,7 @@ def words(plan: Plan, blocks: Sequence[Block], cells: Cells) -> list[str]:
     """What a reader must not overlook: a line for each row of which there is something to say."""
     out = [*_harm(blocks), *_luck(blocks)]
     if plan.kind == "methods":
-        out += [*_no_gap(plan, blocks), *_published(plan, blocks)]
+        out += [*_drawn(blocks), *_no_gap(plan, blocks), *_published(plan, blocks)]
     if plan.kind == "losses":
         out += _effects(blocks)
     if plan.kind == "long":
@@ -101,6 +101,27 @@ def _unmoved(blocks: Sequence[Block], cells: Cells) -> list[str]:
     return [
         f"{title}: no step was better on val than the model as it is, which then counts, with so many seeds: "
         f"{'; '.join(said)}."
+        for title, said in _by_row(found).items()
+    ]
+
+
+def _drawn(blocks: Sequence[Block]) -> list[str]:
+    """Who is below the best of what is drawn from the weak labels alone."""
+    found: list[tuple[Row, str]] = []
+    for block in blocks:
+        for j, column in enumerate(block.columns):
+            scores = [(row, e.mean) for row, line in zip(block.rows, block.entries, strict=True) if (e := line[j])]
+            drawn = [(row, mean) for row, mean in scores if row.drawing]
+            others = [(row, mean) for row, mean in scores if not row.drawing]
+            if not drawn:
+                continue
+            best, most = max(drawn, key=lambda pair: pair[1])
+            beaten = [row.title for row, mean in others if mean < most]
+            if beaten:
+                whom = "all others" if len(beaten) == len(others) else ", ".join(beaten)
+                found.append((best, f"{whom} ({block.domain} {column.title})"))
+    return [
+        f"{title[:1].upper()}{title[1:]}, which needs no model, is above {'; '.join(said)}."
         for title, said in _by_row(found).items()
     ]
 

@@ -115,6 +115,21 @@ def test_what_is_not_above_direct_is_said_in_words(score: float, said: str | Non
     assert "Supervised is not among the methods" in page
 
 
+def test_what_a_drawing_without_a_model_beats_is_said_in_words() -> None:
+    plan = make_plan("methods", DOMAINS, prompts=["box"], methods=["wesam", "supervised"])
+    high = {"camouflaged": 0.68, "medical": 0.9}
+
+    def drawn(group: Group, metric: str, seed: int) -> float:
+        return high[group.domain] if group.row.drawing == "ellipse" else made(group, metric, seed)
+
+    page = table_page.markdown(plan, done(plan, drawn))
+    said = (
+        "Ellipse in the box, which needs no model, is above Direct, WeSAM (camouflaged box); all others (medical box)."
+    )
+    assert said in page
+    assert "needs no model, is" not in table_page.markdown(plan, done(plan, made))
+
+
 def test_one_seed_has_no_spread_and_no_gap_is_said_to_be_none() -> None:
     plan = make_plan("methods", ["camouflaged"], prompts=["box"], methods=["wesam", "supervised"], seeds=1)
     page = table_page.markdown(plan, done(plan, lambda g, m, s: 0.6))
