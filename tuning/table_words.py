@@ -107,22 +107,19 @@ def _unmoved(blocks: Sequence[Block], cells: Cells) -> list[str]:
 
 def _drawn(blocks: Sequence[Block]) -> list[str]:
     """Who is below the best of what is drawn from the weak labels alone."""
-    found: list[tuple[Row, str]] = []
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for block in blocks:
         for j, column in enumerate(block.columns):
             scores = [(row, e.mean) for row, line in zip(block.rows, block.entries, strict=True) if (e := line[j])]
-            drawn = [(row, mean) for row, mean in scores if row.drawing]
-            others = [(row, mean) for row, mean in scores if not row.drawing]
-            if not drawn:
-                continue
-            best, most = max(drawn, key=lambda pair: pair[1])
-            beaten = [row.title for row, mean in others if mean < most]
-            if beaten:
+            drawn = [(mean, row.title) for row, mean in scores if row.drawing]
+            others = [(mean, row.title) for row, mean in scores if not row.drawing]
+            most, title = max(drawn, default=(0.0, ""))
+            if beaten := [t for mean, t in others if mean < most]:
                 whom = "all others" if len(beaten) == len(others) else ", ".join(beaten)
-                found.append((best, f"{whom} ({block.domain} {column.title})"))
+                found[title, whom].append(f"{block.domain} {column.title}")
     return [
-        f"{title[:1].upper()}{title[1:]}, which needs no model, is above {'; '.join(said)}."
-        for title, said in _by_row(found).items()
+        f"{title[:1].upper()}{title[1:]}, which needs no model, is above {whom}: {', '.join(places)}."
+        for (title, whom), places in found.items()
     ]
 
 

@@ -123,10 +123,8 @@ def test_what_a_drawing_without_a_model_beats_is_said_in_words() -> None:
         return high[group.domain] if group.row.drawing == "ellipse" else made(group, metric, seed)
 
     page = table_page.markdown(plan, done(plan, drawn))
-    said = (
-        "Ellipse in the box, which needs no model, is above Direct, WeSAM (camouflaged box); all others (medical box)."
-    )
-    assert said in page
+    assert "Ellipse in the box, which needs no model, is above Direct, WeSAM: camouflaged box." in page
+    assert "Ellipse in the box, which needs no model, is above all others: medical box." in page
     assert "needs no model, is" not in table_page.markdown(plan, done(plan, made))
 
 
