@@ -204,7 +204,7 @@ class Listener(tune.Callback):
         )
         better = ""
         if "role" not in trial.config and seen.best > self._best:
-            self._best, better = seen.best, "  the study's best so far"
+            self._best, better = seen.best, "  the search's best so far"
         where = "" if ended == "finished" else f"  {ENDED[ended]} at step {seen.step}"
         gain = round(seen.best - self._start, 3) + 0.0  # which makes -0.0 a plain 0.0
         if "role" not in trial.config:
