@@ -80,13 +80,17 @@ def made(plan: Plan, cells: Cells) -> Made:
 
 def command(plan: Plan) -> str:
     """What makes the table, in this folder: a table is handed on, and where all lies on a machine is its owner's."""
-    domains, model = [[quote(relpath(x) if isabs(x) else x) for x in xs] for xs in (plan.domains, [plan.model])]
-    parts = ["python -m tuning table", plan.kind, "--domains", *domains, "--model", *model]
+    domains = map(_from_here, plan.domains)
+    parts = ["python -m tuning table", plan.kind, "--domains", *domains, "--model", _from_here(plan.model)]
     parts += ["--prompts", *plan.prompts, "--methods", *plan.methods, f"--seeds {plan.seeds} --trials {plan.trials}"]
     parts += [f"--steps {plan.base.steps}", *([f"--crop {plan.base.crop:g}"] if plan.base.crop else [])]
     parts += ["--set", *map(quote, plan.fixed)] if plan.fixed else []
     parts += ["--name", plan.name] if plan.name != f"table-{plan.kind}" else []
     return shown(" ".join(parts))
+
+
+def _from_here(place: str) -> str:
+    return quote(relpath(place) if isabs(place) else place)
 
 
 def markdown(plan: Plan, cells: Cells) -> str:

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from tuning.plan import STUDY_KEYS, checked_name, load_domains, shared
 from tuning.space import Space, make_space
 from wesam.adapt import checked
-from wesam.config import PRESETS, Config, PromptKind, Value, preset
+from wesam.config import Config, PromptKind, Value
 from wesam.data import Domain, load_domain, located
 from wesam.drawings import Drawing, drawable
 from wesam.errors import InputError, one_of
@@ -281,7 +281,7 @@ def make_plan(
         if (path := text.partition("=")[0]) in (*STUDY_KEYS, "method", "steps"):
             raise InputError(f"--set {text}: {path} is an option of its own, or what the rows differ in")
     given = {k: v for k, v in (("steps", steps), ("crop", crop)) if v is not None}
-    base = preset(model if model in PRESETS else "paper").replace(given)
+    base = method_preset(model, "wesam").replace(given)
     if steps and not any(t.startswith("eval_every=") for t in fixed):
         base = base.replace({"eval_every": min(base.eval_every, max(1, base.steps // 4))})
     places = tuple(located(str(d), data) for d in domains)
