@@ -212,6 +212,8 @@ def summary(result: dict[str, Any]) -> str:
     gap = result["gap_between_trials"]
     lines = ["mIoU on test:", table(rows), ""]
     unknown = [r["domain"] for r in result["domains"] if r.get("score") == "label_free"]
+    if result.get("seeds") == 1:
+        lines[-1:] = ["best found and Supervised have one seed each: how much of it is chance is not known", ""]
     if unknown:
         lines[-1:] = [f"{', '.join(unknown)}: no masks are known; the scores are label-free", ""]
     for r in result["domains"]:

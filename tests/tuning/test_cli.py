@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tuning.cli import main
+from tuning.cli import main, summary
 from tuning.plan import make_plan
 from tuning.study import PLAN
 from tuning.tracking import Tracker
@@ -77,3 +77,10 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit, match="0"):
             main([command, "--help"])
     assert "--tracking-uri" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("seeds", "said"), [(0, False), (1, True), (3, False)])
+def test_what_one_seed_does_not_tell_is_said(seeds: int, said: bool) -> None:
+    row = {"domain": "d", "outcome": "registered"}
+    text = summary({"domains": [row], "gap_between_trials": None, "seconds": 60.0, "seeds": seeds})
+    assert ("one seed each" in text) == said
