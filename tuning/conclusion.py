@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuning import joint, judge, page, plots, registry
-from tuning.confirm import SEED, SUPERVISED, winner
+from tuning.confirm import FINALIST, SEED, SUPERVISED, repeated, winner
 from tuning.findings import read
 from tuning.plan import MARGIN
 from tuning.target import Context, Target
@@ -30,6 +30,8 @@ class Verdict:
     searched: list[Trial]
     best: Trial | None
     """The trial with the best score, as :func:`tuning.confirm.winner` has it, if that is above Direct's."""
+    finalists: list[Trial]
+    """Those that were nearly as good, and itself, with one more seed, by which it was chosen."""
     again: list[Trial]
     """Its configuration with other seeds."""
     beaten: bool
@@ -69,11 +71,11 @@ def _verdict(tracker: Tracker, parent: str, direct: float) -> Verdict:
     searched = found[None]
     if not searched:
         raise RuntimeError("no trial has come to a result; what ended each of them is in the lines above")
-    number = winner({t.number: t.best for t in searched}, direct)
+    number = winner({t.number: t.best for t in searched}, repeated(found[FINALIST]), direct)
     best = next((t for t in searched if t.number == number), None)
     again = [t for t in found[SEED] if best and t.of == best.number]
     score = statistics.mean(t.best for t in again or [best]) if best else direct
-    return Verdict(searched, best, again, score > direct + MARGIN, found[SUPERVISED])
+    return Verdict(searched, best, found[FINALIST], again, score > direct + MARGIN, found[SUPERVISED])
 
 
 def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
@@ -110,9 +112,10 @@ def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
             "supervised": val(verdict.supervised),
         },
         "trials": len(verdict.searched), "pruned": sum(t.pruned for t in verdict.searched),
+        "finalists": _finalists(verdict),
         "best_trial": best.number if chosen and best else None, "best_run": chosen.run_id if chosen else None,
         "config": best.config if chosen and best else None,
-        "cost": _cost(verdict.searched, verdict.again + verdict.supervised),
+        "cost": _cost(verdict.searched, verdict.finalists + verdict.again + verdict.supervised),
     }  # fmt: skip
     target.run.attach(lambda: {PICTURE: picture, **_drawings(c, row)})
     for split, part in (("test", row), ("val", row["val"])):
@@ -166,6 +169,14 @@ def _summary(name: str, scores: Sequence[float]) -> Row:
         f"{name}_sd": statistics.stdev(scores) if len(scores) > 1 else None,
         f"{name}_seeds": list(scores),
     }
+
+
+def _finalists(verdict: Verdict) -> list[Row]:
+    """Of each its score on val in the search and with one more seed."""
+    scores = {t.number: t.best for t in verdict.searched}
+    return [
+        {"trial": n, "searched": scores[n], "again": s} for n, s in repeated(verdict.finalists).items() if n in scores
+    ]
 
 
 def _share(direct: float, best: float, supervised: float | None) -> float | None:

@@ -13,7 +13,7 @@ from ray import tune
 
 from tuning import joint, runtime
 from tuning.conclusion import RESULT, Row, conclude
-from tuning.confirm import DIRECT, SEED, SUPERVISED, Confirmation, Proposal
+from tuning.confirm import DIRECT, FINALIST, SEED, SUPERVISED, Confirmation, Proposal, repeated
 from tuning.listener import CHECKPOINT, Listener, read_state
 from tuning.plan import REFERENCES, WORDS, Plan, shown
 from tuning.replay import Past, tell
@@ -140,9 +140,9 @@ class DomainSearch(threading.Thread):
         going_on = [p for p in unfinished if "role" not in p]
         taken = {t.number for t in done} | {p["number"] for p in going_on}
         left = [n for n in range(1, plan.trials + 1) if n not in taken]
-        again = [(role, t.number, t.of) for role in (SEED, SUPERVISED) for t in before[role]]
+        again = [(role, t.number, t.of) for role in (FINALIST, SEED, SUPERVISED) for t in before[role]]
         confirmation = Confirmation(
-            plan, start, {t.number: (t.best, t.flat()) for t in done},
+            plan, start, {t.number: (t.best, t.flat()) for t in done}, repeated(before[FINALIST]),
             again + [(p["role"], p["number"], p.get("of")) for p in unfinished if "role" in p],
             supervised=all(plan.has_supervised(t.domain) for t in self._targets),
         )  # fmt: skip
@@ -171,6 +171,7 @@ class DomainSearch(threading.Thread):
             )  # fmt: skip
             _tuner(setting, self.name, count, c.places.side_by_side, search, scheduler, self._listener).fit()
             c.tracker.flush()
+        c.board.searched(self.name)
         self._place.ask()
         self.trials = trials(c.tracker, run.id)
         catch_up(self._study, plan, self.trials, ())  # one that had failed before and was gone on with

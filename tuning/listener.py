@@ -19,6 +19,7 @@ from ray.tune.experiment import Trial
 from tuning import joint
 from tuning.budget import Budget
 from tuning.checkpoint import folder_of, progress_of
+from tuning.confirm import name_of
 from tuning.places import Place
 from tuning.plan import MARGIN, Plan
 from tuning.progress import Board
@@ -133,8 +134,7 @@ class Listener(tune.Callback):
             self._begin(trial.config, trial.trial_id)
 
     def _begin(self, proposal: Mapping[str, Any], trial_id: str) -> None:
-        number, role = proposal["number"], proposal.get("role")
-        name = f"{role} {number}" if role else str(number)
+        number, name = proposal["number"], name_of(proposal)
         if "run" in proposal:
             run = self._tracker.reopen(self._tracker.run(proposal["run"]))
         else:

@@ -22,7 +22,7 @@ class _Domain:
     """What is known of a domain's search."""
 
     trials: int
-    """How many are to be run in all, those of earlier runs and those that confirm the winner too."""
+    """How many are to be run in all, at most: those of earlier runs and those that confirm the winner too."""
     steps: int
     """Of a trial that runs to its end."""
     skipped: int = 0
@@ -93,6 +93,11 @@ class Board:
         """So many trials in all, of which so many were done in earlier runs of the study."""
         with self._lock:
             self._domains[domain].trials, self._domains[domain].skipped = trials, done
+
+    def searched(self, domain: str) -> None:
+        """No trial is to come any more: of those that might have come some were not needed."""
+        with self._lock:
+            self._domains[domain].trials = self._domains[domain].done
 
     @contextmanager
     def scoring(self, domain: str, what: str) -> Iterator[None]:

@@ -159,7 +159,8 @@ def _told(part: Part, plan: Plan) -> list[str]:
     """What there is to say of a domain, beside its outcome."""
     trust, trials = part.found.trust, part.found.trials
     told = [
-        _gap(part.row), _cost(part, plan), _trusted(trust) if trust else None, _warmth(trials), _front(trials, plan)
+        _gap(part.row), _chosen(part.row), _cost(part, plan), _trusted(trust) if trust else None, _warmth(trials),
+        _front(trials, plan),
     ]  # fmt: skip
     return [text for text in told if text]
 
@@ -173,6 +174,16 @@ def _gap(row: dict[str, Any]) -> str | None:
         f"On test the best found is {gain:+.1f} points above Direct; training on true masks in as many steps "
         f"(Supervised) gives {most:+.1f}: {share(row['gap_closed'])} of that gap is closed."
     )
+
+
+def _chosen(row: dict[str, Any]) -> str | None:
+    """How one of several trials that are nearly as good was chosen."""
+    final = sorted(row.get("finalists", []), key=lambda f: -f["searched"])
+    if not final:
+        return None
+    means = ", ".join(f"trial {f['trial']} {(f['searched'] + f['again']) / 2:.3f}" for f in final)
+    said = f"Nearly as good on val were, on average over the search's seed and another one, {means}"
+    return f"{said}; trial {row['best_trial']} was chosen." if row["best_trial"] is not None else f"{said}."
 
 
 def _cost(part: Part, plan: Plan) -> str:

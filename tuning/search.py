@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from tuning.budget import Budget
-from tuning.confirm import Confirmation, Proposal
+from tuning.confirm import Confirmation, Proposal, decides
 from tuning.places import Place
 from tuning.plan import Plan
 from tuning.proposals import Running, propose
@@ -45,7 +45,7 @@ class Search(Searcher):
         self._confirmation = confirmation
         self._trials: dict[str, Running] = {}
         self._live: dict[str, Proposal] = {}
-        """The search's own trials that have not ended."""
+        """The trials that have not ended and on which it depends what is run after them."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Ray saves its searchers again and again, and nobody ever reads that."""
@@ -72,11 +72,10 @@ class Search(Searcher):
         elif self._numbers and not self._budget.over():
             found = self._next(trial_id, self._numbers.pop(0))
         else:
-            found = self._confirmation.beside()
+            found = self._confirmation.next(waiting=bool(self._live))
             if not found and self._live:
                 return None
-            found = found or self._confirmation.after()
-        if found and "role" not in found:
+        if found and decides(found):
             self._live[trial_id] = found
         return found or Searcher.FINISHED
 
@@ -121,7 +120,7 @@ class Search(Searcher):
         self._place.leave(trial_id)
         proposal = self._live.pop(trial_id, None)
         if proposal and not error and result and METRIC in result:
-            self._confirmation.learn(proposal["number"], result[METRIC], proposal["config"])
+            self._confirmation.learn(proposal, result[METRIC])
         trial = self._trials.pop(trial_id, None)
         if trial is None:
             return

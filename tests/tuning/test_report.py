@@ -14,7 +14,7 @@ from tuning.conclusion import missing
 from tuning.findings import Findings, Trust, front
 from tuning.opening import Opening, opening
 from tuning.plan import Plan, make_plan
-from tuning.report import _front, _warmth
+from tuning.report import _chosen, _front, _warmth
 from tuning.space import Axis
 from tuning.tracking import Trial
 
@@ -60,6 +60,17 @@ def test_what_a_warm_start_was_worth_is_told_by_the_trials_after_it() -> None:
     assert "trial 3, the best of a/y, has 0.700" in told
     assert "took 2 and 40 steps" in told
     assert "none of the search's own 1 trials" in (_warmth([*first, trial(4, 0.5)]) or "")
+
+
+def test_how_one_of_several_that_are_nearly_as_good_was_chosen_is_told() -> None:
+    final = [{"trial": 5, "searched": 0.70, "again": 0.72}, {"trial": 3, "searched": 0.708, "again": 0.69}]
+    assert _chosen({"finalists": final, "best_trial": 5}) == (
+        "Nearly as good on val were, on average over the search's seed and another one, trial 3 0.699, trial 5 0.710; "
+        "trial 5 was chosen."
+    )
+    assert "chosen" not in (_chosen({"finalists": final, "best_trial": None}) or "")
+    assert _chosen({"finalists": [], "best_trial": 5}) is None
+    assert _chosen({}) is None, "of a study from before there were finalists"
 
 
 def row(**changed: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ray.tune.search import Searcher
 
 from tuning import sampler
 from tuning.budget import Budget
-from tuning.confirm import Confirmation, winner
+from tuning.confirm import Confirmation, finalists, winner
 from tuning.places import Place, Places
 from tuning.plan import REFERENCES, Plan, make_plan, shown
 from tuning.proposals import near, propose
@@ -58,7 +58,7 @@ def begin(plan: Plan, **changed: Any) -> tuple[Search, optuna.Study, dict[str, s
     outside = [r for r in REFERENCES if plan.point(r) is None]
     given: dict[str, Any] = {
         "numbers": range(1, 100), "references": outside, "unfinished": (), "budget": Budget(plan),
-        "confirmation": Confirmation(plan, 0.4, {}, (), supervised=True), "place": alone(),
+        "confirmation": Confirmation(plan, 0.4, {}, {}, (), supervised=True), "place": alone(),
     }  # fmt: skip
     return Search(plan, study, stopped=stopped, **{**given, **changed}), study, stopped
 
@@ -108,9 +108,8 @@ def test_a_reference_that_has_failed_comes_first_when_the_study_goes_on(tmp_path
     search.suggest("a")
     search.on_trial_complete("a", error=True)
     enqueue(study, plan, REFERENCES)
-    again = Search(
-        plan, study, range(1, 5), (), (), Confirmation(plan, 0.4, {}, (), supervised=True), Budget(plan), {}, alone()
-    )
+    nothing = Confirmation(plan, 0.4, {}, {}, (), supervised=True)
+    again = Search(plan, study, range(1, 5), (), (), nothing, Budget(plan), {}, alone())
     proposals = [again.suggest(name) for name in "abcd"]
     assert {p.get("reference") for p in proposals[:2]} == set(REFERENCES)
     assert [p["label"] for p in proposals[2:]] == [sampler.SEARCHED, sampler.SEARCHED]
@@ -257,7 +256,7 @@ def test_an_interrupted_study_goes_on_in_optuna(tmp_path: Path) -> None:
     assert states[2] == TrialState.RUNNING
     assert states[3] == TrialState.FAIL
     assert states[7] == TrialState.COMPLETE
-    confirmation = Confirmation(plan, 0.4, {}, (), supervised=False)
+    confirmation = Confirmation(plan, 0.4, {}, {}, (), supervised=False)
     again = Search(plan, study, range(8, 10), (), [unfinished], confirmation, Budget(plan), {}, alone())
     assert again.suggest("x") == unfinished
     again.on_trial_result("x", result(0.6, 8))
@@ -274,9 +273,8 @@ def test_a_trial_of_which_mlflow_knows_nothing_is_run_again_as_it_was(tmp_path: 
     for name in "abc":
         search.on_trial_complete(name, result(0.5, 8))
     before = [t.number for t in study.trials if t.state == TrialState.COMPLETE]
-    again = Search(
-        plan, study, [2, 3, 4], (), (), Confirmation(plan, 0.4, {}, (), supervised=True), Budget(plan), {}, alone()
-    )
+    nothing = Confirmation(plan, 0.4, {}, {}, (), supervised=True)
+    again = Search(plan, study, [2, 3, 4], (), (), nothing, Budget(plan), {}, alone())
     assert [again.suggest(name) for name in "de"] == proposals[1:]
     for name in "de":
         again.on_trial_result(name, result(0.5, 8))
@@ -324,31 +322,74 @@ def test_the_winner_is_trained_again_when_the_search_has_ended_and_supervised_be
     assert search.suggest("h") == Searcher.FINISHED
 
 
+def test_trials_nearly_as_good_are_trained_again_before_one_is_chosen(tmp_path: Path) -> None:
+    """With one seed more than the winner gets afterwards: those scores have chosen nothing."""
+    plan = make(tmp_path, seeds=2, seed=5)
+    search, _, _ = begin(plan, numbers=range(1, 5))
+    found = {name: search.suggest(name) for name in "abcd"}
+    for name, score in zip("abcd", (0.695, 0.70, 0.68, 0.698), strict=True):
+        search.on_trial_complete(name, result(score, 8))
+    final = [search.suggest(name) for name in "efg"]
+    assert [(p["role"], p["number"], p["of"]) for p in final] == [
+        ("finalist", 8, 2), ("finalist", 8, 4), ("finalist", 8, 1)
+    ]  # fmt: skip
+    assert final[1]["config"] == {**found["d"]["config"], "seed": 8}
+    search.on_trial_complete("e", result(0.68, 8))
+    search.on_trial_complete("f", error=True)
+    assert [search.suggest(name)["role"] for name in "hi"] == ["supervised"] * 2, "while a finalist runs"
+    assert search.suggest("j") is None
+    search.on_trial_complete("g", result(0.70, 8))
+    again = [search.suggest(name) for name in "jk"]
+    assert [(p["role"], p["number"], p["of"]) for p in again] == [("seed", 6, 1), ("seed", 7, 1)]
+    assert search.suggest("l") == Searcher.FINISHED
+
+
 def test_what_has_been_confirmed_is_not_confirmed_again(tmp_path: Path) -> None:
     plan = make(tmp_path, seeds=2)
-    known = {1: (0.5, plan.base.flat()), 2: (0.6, plan.base.flat())}
-    done = [("supervised", 1, None), ("seed", 1, 2), ("seed", 2, 1)]
-    confirmation = Confirmation(plan, 0.4, known, done, supervised=True)
-    beside = confirmation.beside()
-    assert beside is not None
-    assert (beside["role"], beside["number"]) == ("supervised", 2)
-    assert confirmation.beside() is None
-    after = confirmation.after()
-    assert after is not None
-    assert (after["number"], after["of"]) == (2, 2)
-    assert confirmation.after() is None
+    known = {1: (0.595, plan.base.flat()), 2: (0.6, plan.base.flat()), 3: (0.599, plan.base.flat())}
+    done = [("supervised", 1, None), ("seed", 1, 2), ("seed", 2, 1), ("finalist", 3, 2), ("finalist", 3, 1)]
+    confirmation = Confirmation(plan, 0.4, known, {2: 0.6, 1: 0.59}, done, supervised=True)
+    assert confirmation.most == 6
+    proposals = [confirmation.next(waiting=waiting) for waiting in (True, False, False, False)]
+    assert [p and (p["role"], p["number"], p["of"]) for p in proposals] == [
+        ("supervised", 2, None), ("finalist", 3, 3), ("seed", 2, 2), None
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ({1: 0.70, 2: 0.695, 3: 0.6895, 4: 0.71}, [4, 1]),
+        ({1: 0.705, 2: 0.709, 3: 0.71, 4: 0.709, 5: 0.709}, [3, 2, 4]),
+        ({1: 0.65, 2: 0.60}, []),
+        ({1: 0.6004, 2: 0.6005}, []),
+        ({1: 0.6004, 2: 0.608}, []),
+        ({}, []),
+    ],
+    ids=["within a point", "three at most", "one alone", "none better than Direct", "one better than Direct", "none"],
+)
+def test_who_could_be_the_best(scores: dict[int, float], expected: list[int]) -> None:
+    assert finalists(scores, 0.6) == expected
 
 
 def test_a_winner_must_beat_direct() -> None:
-    assert winner({1: 0.5, 3: 0.7, 2: 0.7}, 0.6) == 2
-    assert winner({1: 0.5, 2: 0.7, 3: 0.7005}, 0.6) == 2, "the first of those that are as good"
-    assert winner({1: 0.5, 2: 0.7, 3: 0.7015}, 0.6) == 3
-    assert winner({1: 0.5, 2: 0.6004}, 0.6) is None
-    assert winner({1: 0.6004, 2: 0.6014}, 0.6) == 2
-    assert winner({}, 0.6) is None
-    confirmation = Confirmation(make_plan({"domains": ["camouflaged"]}, []), 0.6, {}, (), supervised=False)
-    confirmation.learn(1, 0.6, {})
-    assert (confirmation.beside(), confirmation.after()) == (None, None)
+    assert winner({1: 0.5, 3: 0.7, 2: 0.7}, {}, 0.6) == 2
+    assert winner({1: 0.5, 2: 0.7, 3: 0.7005}, {}, 0.6) == 2, "the first of those that are as good"
+    assert winner({1: 0.5, 2: 0.7, 3: 0.7015}, {}, 0.6) == 3
+    assert winner({1: 0.5, 2: 0.6004}, {}, 0.6) is None
+    assert winner({1: 0.6004, 2: 0.6014}, {}, 0.6) == 2
+    assert winner({}, {}, 0.6) is None
+    confirmation = Confirmation(make_plan({"domains": ["camouflaged"]}, []), 0.6, {}, {}, (), supervised=False)
+    confirmation.learn({"number": 1, "config": {}}, 0.6)
+    assert confirmation.next(waiting=False) is None
+
+
+def test_of_finalists_the_mean_decides() -> None:
+    scores = {1: 0.70, 2: 0.708, 3: 0.71}
+    assert winner(scores, {1: 0.70, 2: 0.704, 3: 0.69}, 0.6) == 2
+    assert winner(scores, {1: 0.70, 3: 0.70}, 0.6) == 3, "one whose second training failed cannot win"
+    assert winner(scores, {1: 0.51, 3: 0.50}, 0.6) == 1
+    assert winner(scores, {1: 0.49, 3: 0.48}, 0.6) is None, "on the mean Direct is better"
 
 
 def test_a_point_is_the_same_after_optuna(tmp_path: Path) -> None:
