@@ -91,7 +91,7 @@ def _parser() -> Parser:
     p.add_argument("--seed", type=int, help="seed of all that is random (default: 0)")
     p.add_argument(
         "--seeds", type=int, metavar="N",
-        help="other seeds with which the best configuration, and Supervised, are trained again at the end (default: 3)",
+        help="other seeds with which the winner, and Supervised, are trained again at the end (default: 3)",
     )  # fmt: skip
     p.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="fix a hyperparameter, as in lora.rank=8"

@@ -129,7 +129,7 @@ class Plan:
     """Of all trials together; where there is no GPU, of workers."""
     gpus_per_worker: float = 1.0
     seeds: int = 3
-    """Other seeds with which the best configuration, and Supervised beside it, are trained again after the search."""
+    """Other seeds with which the winner, and Supervised beside it, are trained again after the search."""
     optuna: str = ""
     """URL of the database with the Optuna studies."""
     optuna_study: str = ""
