@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from tuning.entries import Block, Cells, Entry
 from tuning.plan import load_domains
 from tuning.tables import Plan, Row
-from wesam.data.published import PUBLISHED
 
 BELOW = 0.02
 """What is below Direct by more than so much mIoU has to be said."""
@@ -138,7 +137,7 @@ def _published(plan: Plan, blocks: Sequence[Block]) -> list[str]:
     """The paper's own values, where model, weights, data and what the model is shown are the paper's."""
     if plan.model != "vit_b" or plan.base.crop:  # by its name a model is read from the published weights alone
         return []
-    real = {d.name for d in load_domains(plan.domains) if d.name in PUBLISHED and PUBLISHED[d.name].title in d.note}
+    real = {d.name for d in load_domains(plan.domains) if d.published}
     return [
         f"{block.domain} {column.title}: {said}."
         for block in blocks

@@ -137,21 +137,21 @@ def test_one_seed_has_no_spread_and_no_gap_is_said_to_be_none() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "note", "crop", "said"),
+    ("model", "published", "crop", "said"),
     [
-        ("vit_b", "COCO 2017 val in /data/coco; terms: CC BY 4.0", 0.0, True),
-        ("my_vit_b.pth", "COCO 2017 val in /data/coco; terms: CC BY 4.0", 0.0, False),
-        ("vit_b", "COCO instances in /data/coco", 0.0, False),
-        ("vit_b", "COCO 2017 val in /data/coco; terms: CC BY 4.0", 2.0, False),
+        ("vit_b", True, 0.0, True),
+        ("my_vit_b.pth", True, 0.0, False),
+        ("vit_b", False, 0.0, False),
+        ("vit_b", True, 2.0, False),
     ],
 )
 def test_the_papers_values_are_told_where_data_and_weights_are_the_papers(
-    model: str, note: str, crop: float, said: bool, monkeypatch: pytest.MonkeyPatch
+    model: str, published: bool, crop: float, said: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan("methods", ["camouflaged"], prompts=["box", "point"], methods=["wesam"])
     cells = done(plan, made)
     (block,) = blocks(plan, cells)
-    coco = replace(load_domain("camouflaged"), name="coco", note=note)
+    coco = replace(load_domain("camouflaged"), name="coco", published=published)
     monkeypatch.setattr("tuning.table_words.load_domains", lambda names: [coco])
     real = replace(plan, model=model, base=plan.base.replace({"crop": crop}))
     found = [line for line in words(real, [replace(block, domain="coco")], {}) if "in the paper" in line]

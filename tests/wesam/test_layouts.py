@@ -164,6 +164,8 @@ def test_published_data_sets_are_read_as_they_are_unpacked(
     monkeypatch.setenv("WESAM_DATA", str(tmp_path))
     domain = load_domain(name)
     assert domain.name == name
+    assert domain.published
+    assert not load_domain(f"{name}+fog:2").published
     assert PUBLISHED[name].terms in domain.note
     assert tuple(len(domain.split(s)) for s in SPLITS) == counts
     assert columns(domain, "train", 0) == first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def load_domain(name: str) -> Domain:
     """
     base, corruption = parted(name)
     if corruption:
-        return corrupted(load_domain(base), corruption)
+        return replace(corrupted(load_domain(base), corruption), published=False)
     if name in NOTES:
         if (Path(name) / "train.json").is_file():
             raise InputError(f"{name!r} is a built-in domain and a folder here: write ./{name} for the folder")

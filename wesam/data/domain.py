@@ -140,6 +140,8 @@ class Domain:
     """One line of description, with the licence where there is one."""
     left_out: tuple[str, ...] = ()
     """A line for each annotation that is wrong and not used, with the reason."""
+    published: bool = False
+    """Whether it is the published data set of its name, with the paper's splits."""
 
     def split(self, name: str) -> Split:
         """The images of ``train``, ``val`` or ``test``."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import TypeVar
 
@@ -170,7 +170,7 @@ def _read_published(folder: Folder, layout: Published) -> Domain:
         entries = {k: [e for e in part if e.instances] for k, part in every_nth(by_name(images), 7).items()}
         digest = made.hexdigest()
     note = f"{layout.title} in {folder.place}; terms: {layout.terms}"
-    return domain(folder, entries, findings, digest, note, name=layout.name)
+    return replace(domain(folder, entries, findings, digest, note, name=layout.name), published=True)
 
 
 def _pairs(names: Iterable[str]) -> dict[str, list[Pair]]:
