@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from tuning import page, plots
-from tuning.conclusion import missing
+from tuning.conclusion import _finalists, _verdict, missing
+from tuning.confirm import FINALIST, SEED, SUPERVISED
 from tuning.findings import Findings, Trust, front
 from tuning.opening import Opening, opening
 from tuning.plan import Plan, make_plan
@@ -60,6 +61,27 @@ def test_what_a_warm_start_was_worth_is_told_by_the_trials_after_it() -> None:
     assert "trial 3, the best of a/y, has 0.700" in told
     assert "took 2 and 40 steps" in told
     assert "none of the search's own 1 trials" in (_warmth([*first, trial(4, 0.5)]) or "")
+
+
+def test_of_finalists_the_second_training_decides_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repetitions of a trial that is not the winner, as an enlarged study has them, say nothing of the winner."""
+
+    def role(seed: int, of: int, best: float) -> Trial:
+        return replace(trial(seed, best), of=of)
+
+    found = {
+        None: [trial(1, 0.70), trial(2, 0.71), trial(3, 0.66)], FINALIST: [role(4, 2, 0.68), role(4, 1, 0.70)],
+        SEED: [role(1, 1, 0.69), role(1, 2, 0.72), role(2, 1, 0.695)], SUPERVISED: [trial(1, 0.75)],
+    }  # fmt: skip
+    monkeypatch.setattr("tuning.conclusion.trials_by_role", lambda tracker, run: found)
+    verdict = _verdict(None, "", 0.6)  # type: ignore[arg-type]
+    assert verdict.best == found[None][0]
+    assert [t.best for t in verdict.again] == [0.69, 0.695]
+    assert verdict.chosen == verdict.best
+    assert _finalists(verdict) == [
+        {"trial": 2, "searched": 0.71, "again": 0.68}, {"trial": 1, "searched": 0.70, "again": 0.70}
+    ]  # fmt: skip
+    assert not _verdict(None, "", 0.695).beaten, "Direct is as good as the repetitions"  # type: ignore[arg-type]
 
 
 def test_how_one_of_several_that_are_nearly_as_good_was_chosen_is_told() -> None:
