@@ -16,10 +16,10 @@ from urllib.parse import urlsplit
 import yaml
 
 from tuning.space import Space, fixed, make_space, space_from_dict, space_to_dict
-from wesam.config import BOXES, Config, Objective, PromptKind, Value, preset
+from wesam.config import Config, Objective, PromptKind, Value, preset
 from wesam.data import Domain, load_domain, located
 from wesam.errors import InputError, at, one_of
-from wesam.methods import check_read, checked_method, get_method, method_preset
+from wesam.methods import check_boxes, check_read, checked_method, get_method, method_preset
 from wesam.sam import find_model, model_names
 
 REFERENCES = ("paper", "defaults")
@@ -385,9 +385,7 @@ def _check_method(base: Config, space: Space) -> None:
     for method in methods:
         checked_method(base.replace({"method": method}))
     check_read(base, map(str, methods), space)
-    for path in ("loss.tightness", "teacher.cut_to_box"):
-        if path in space and base.prompt not in BOXES:
-            raise InputError(f"{path} needs given boxes: use --prompt {' or '.join(BOXES)}")
+    check_boxes(space, base.prompt)
 
 
 def load_domains(domains: tuple[str, ...]) -> list[Domain]:

@@ -46,10 +46,15 @@ def checked_method(config: Config) -> Method:
     method = get_method(config.method)
     if method.needs_masks and config.prompt == "grid":
         raise InputError(f"{config.method} needs the masks that its prompts mean, and a grid's clicks mean none known")
-    for path, on in (("loss.tightness", config.loss.tightness), ("teacher.cut_to_box", config.teacher.cut_to_box)):
-        if on and config.prompt not in BOXES:
-            raise InputError(f"{path} needs given boxes: use --prompt {' or '.join(BOXES)}")
+    check_boxes([path for path, value in config.flat().items() if value], config.prompt)
     return method
 
 
-__all__ = ["METHODS", "Batch", "Method", "check_read", "checked_method", "get_method", "method_preset"]
+def check_boxes(fields: Iterable[str], prompt: str) -> None:
+    """Raises InputError if one of these fields, by path, is of use with given boxes alone, and others are given."""
+    for path in ("loss.tightness", "teacher.cut_to_box"):
+        if path in fields and prompt not in BOXES:
+            raise InputError(f"{path} needs given boxes: use --prompt {' or '.join(BOXES)}")
+
+
+__all__ = ["METHODS", "Batch", "Method", "check_boxes", "check_read", "checked_method", "get_method", "method_preset"]
