@@ -182,8 +182,11 @@ def _chosen(row: dict[str, Any]) -> str | None:
     if not final:
         return None
     means = ", ".join(f"trial {f['trial']} {(f['searched'] + f['again']) / 2:.3f}" for f in final)
-    said = f"Nearly as good on val were, on average over the search's seed and another one, {means}"
-    return f"{said}; trial {row['best_trial']} was chosen." if row["best_trial"] is not None else f"{said}."
+    chosen = f"; trial {row['best_trial']} was chosen" if row["best_trial"] is not None else ""
+    return (
+        f"On val {len(final)} trials were nearly as good, and were trained again with another seed. The means of both: "
+        f"{means}{chosen}."
+    )
 
 
 def _cost(part: Part, plan: Plan) -> str:

@@ -87,8 +87,8 @@ def test_of_finalists_the_second_training_decides_too(monkeypatch: pytest.Monkey
 def test_how_one_of_several_that_are_nearly_as_good_was_chosen_is_told() -> None:
     final = [{"trial": 5, "searched": 0.70, "again": 0.72}, {"trial": 3, "searched": 0.708, "again": 0.69}]
     assert _chosen({"finalists": final, "best_trial": 5}) == (
-        "Nearly as good on val were, on average over the search's seed and another one, trial 3 0.699, trial 5 0.710; "
-        "trial 5 was chosen."
+        "On val 2 trials were nearly as good, and were trained again with another seed. The means of both: "
+        "trial 3 0.699, trial 5 0.710; trial 5 was chosen."
     )
     assert "chosen" not in (_chosen({"finalists": final, "best_trial": None}) or "")
     assert _chosen({"finalists": [], "best_trial": 5}) is None
