@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuning import joint, judge, page, plots, registry
-from tuning.confirm import FINALIST, SEED, SUPERVISED, repeated, winner
+from tuning.confirm import FINALIST, SEED, SUPERVISED, finalists, repeated, winner
 from tuning.findings import read
 from tuning.plan import MARGIN
 from tuning.target import Context, Target
@@ -71,11 +71,13 @@ def _verdict(tracker: Tracker, parent: str, direct: float) -> Verdict:
     searched = found[None]
     if not searched:
         raise RuntimeError("no trial has come to a result; what ended each of them is in the lines above")
-    number = winner({t.number: t.best for t in searched}, repeated(found[FINALIST]), direct)
+    scores = {t.number: t.best for t in searched}
+    final = [t for t in found[FINALIST] if t.of in finalists(scores, direct)]
+    number = winner(scores, repeated(final), direct)
     best = next((t for t in searched if t.number == number), None)
     again = [t for t in found[SEED] if best and t.of == best.number]
     score = statistics.mean(t.best for t in again or [best]) if best else direct
-    return Verdict(searched, best, found[FINALIST], again, score > direct + MARGIN, found[SUPERVISED])
+    return Verdict(searched, best, final, again, score > direct + MARGIN, found[SUPERVISED])
 
 
 def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
@@ -174,9 +176,7 @@ def _summary(name: str, scores: Sequence[float]) -> Row:
 def _finalists(verdict: Verdict) -> list[Row]:
     """Of each its score on val in the search and with one more seed."""
     scores = {t.number: t.best for t in verdict.searched}
-    return [
-        {"trial": n, "searched": scores[n], "again": s} for n, s in repeated(verdict.finalists).items() if n in scores
-    ]
+    return [{"trial": n, "searched": scores[n], "again": s} for n, s in repeated(verdict.finalists).items()]
 
 
 def _share(direct: float, best: float, supervised: float | None) -> float | None:

@@ -57,9 +57,9 @@ def winner(scores: Mapping[int, float], again: Mapping[int, float], direct: floa
     """The trial with the best score on val, for finalists that of both trainings on average; of those that are as good
     but for MARGIN the first, so that the model's defaults are not left for a chance. None if Direct is as good.
 
-    again: the scores of the finalists' second trainings, by trial; if there are any, no other trial can win.
+    again: the scores of second trainings, by trial; if one of the finalists has any, no other trial can win.
     """
-    scores = {n: statistics.mean((scores[n], s)) for n, s in again.items() if n in scores} or scores
+    scores = {n: statistics.mean((scores[n], again[n])) for n in finalists(scores, direct) if n in again} or scores
     best = max(scores.values(), default=direct)
     return min((n for n, s in scores.items() if s >= best - MARGIN and s > direct + MARGIN), default=None)
 

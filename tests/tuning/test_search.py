@@ -389,6 +389,7 @@ def test_of_finalists_the_mean_decides() -> None:
     assert winner(scores, {1: 0.70, 2: 0.704, 3: 0.69}, 0.6) == 2
     assert winner(scores, {1: 0.70, 3: 0.70}, 0.6) == 3, "one whose second training failed cannot win"
     assert winner(scores, {1: 0.51, 3: 0.50}, 0.6) == 1
+    assert winner({**scores, 4: 0.73}, {1: 0.70, 3: 0.70}, 0.6) == 4, "found when the study was enlarged"
     assert winner(scores, {1: 0.49, 3: 0.48}, 0.6) is None, "on the mean Direct is better"
 
 
