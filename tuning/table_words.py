@@ -12,6 +12,9 @@ from tuning.tables import Plan, Row
 BELOW = 0.02
 """What is below Direct by more than so much mIoU has to be said."""
 
+NOTHING = 0.0005
+"""A difference in mIoU that is none when it is written in points."""
+
 IN_THE_PAPER = {
     ("coco", "box"): "WeSAM has 0.801 in the paper, and about 0.765 in many runs of the published code by a user of it",
 }
@@ -80,7 +83,7 @@ def _luck(blocks: Sequence[Block]) -> list[str]:
     found = _by_row(
         (row, f"{where} {_points(entry, low)} (spread {100 * entry.spread:.1f})")
         for row, where, entry, low in _beside(blocks, "direct")
-        if entry.spread is not None and abs(entry.mean - low.mean) < entry.spread
+        if entry.spread is not None and NOTHING < abs(entry.mean - low.mean) < entry.spread
     )
     return [
         f"{title} is above or below Direct by less than its spread over seeds, which may be luck: {'; '.join(said)}."
@@ -178,6 +181,8 @@ def _points(entry: Entry, other: Entry) -> str:
 
 def _effect(entry: Entry, other: Entry) -> str:
     """A difference, with the spread where that is larger."""
+    if abs(entry.mean - other.mean) <= NOTHING:
+        return "no difference"
     spread = _wider(entry, other)
     doubt = f" (less than the spread, {100 * spread:.1f})" if abs(entry.mean - other.mean) < spread else ""
     return _points(entry, other) + doubt

@@ -202,7 +202,22 @@ def test_losses_are_switched_off_one_by_one_with_and_without_labels() -> None:
     page = table_page.markdown(plan, done(plan, lambda g, m, s: 0.7 if g.row.key == "all" else 0.65))
     assert "| | box | grid |" in page.replace("|  |", "| |")
     assert "all three, beside self-training alone: camouflaged box +5.0 points; camouflaged grid +5.0 points." in page
-    assert "+ anchor, beside self-training alone: camouflaged box +0.0 points; camouflaged grid +0.0 points." in page
+    assert (
+        "+ anchor, beside self-training alone: camouflaged box no difference; camouflaged grid no difference." in page
+    )
+
+
+def test_who_is_beside_direct_by_less_than_the_spread_is_told_unless_there_is_no_difference() -> None:
+    plan = make_plan("methods", ["camouflaged"], prompts=["box"], methods=["tent", "shot", "supervised"])
+    gains = {"tent": 0.0002, "shot": -0.004, "supervised": 0.1}
+
+    def value(g: Group, metric: str, seed: int) -> float:
+        return 0.6 + gains.get(g.row.key, 0.0) + 0.01 * (seed - 2) * bool(seed)
+
+    page = table_page.markdown(plan, done(plan, value))
+    said = "SHOT is above or below Direct by less than its spread over seeds, which may be luck"
+    assert f"{said}: camouflaged box -0.4 points (spread 1.0)." in page
+    assert page.count("may be luck") == 1
 
 
 def test_cross_has_every_prompt_at_test_for_every_one_in_training() -> None:
@@ -232,7 +247,7 @@ def test_long_says_whether_self_training_decays_and_whether_the_anchor_holds_it(
         return 0.5 if metric.endswith("_60") and g.row.key == "without-anchor" else 0.65
 
     page = table_page.markdown(plan, done(plan, value))
-    assert "camouflaged box: with the anchor loss self-training does not decay: +0.0 points" in page
+    assert "camouflaged box: with the anchor loss self-training does not decay: no difference" in page
     assert "without the anchor loss self-training decays: -15.0 points from the usual steps to the last one" in page
     assert "after the last step the anchor loss makes +15.0 points" in page
     assert "| box, best on val | box, after 6 steps | box, after 60 steps |" in page
