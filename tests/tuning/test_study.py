@@ -25,8 +25,9 @@ import requests
 from pycocotools import mask as rle
 from ray.tune.execution import class_cache
 
-from tuning import registry, report, runtime, tracking
+from tuning import confirm, registry, report, runtime, tracking
 from tuning.cli import main, summary
+from tuning.confirm import FINALIST, finalists, repeated, winner
 from tuning.listener import CHECKPOINT
 from tuning.plan import Plan, make_plan
 from tuning.study import best_of, new_study, resume_study
@@ -144,8 +145,9 @@ def check(plan: Plan, result: dict[str, Any], tracker: Tracker, small: Path, tmp
     assert "error" not in row, row
     assert mlflow.active_run() is None
     runs = {level: tracker.find(level) for level in ("study", "domain", "trial")}  # type: ignore[arg-type]
-    count = plan.trials + 1 + plan.seeds
-    assert [len(r) for r in runs.values()] == [1, 1, count], "Direct is one, the winner with other seeds are more"
+    final = tracking.trials(tracker, row["run_id"], FINALIST)
+    count = plan.trials + 1 + len(final) + plan.seeds
+    assert [len(r) for r in runs.values()] == [1, 1, count], "Direct is one, finalists and the winner again are more"
     assert {r.info.status for level in runs.values() for r in level} == {"FINISHED"}
     assert runs["domain"][0].data.tags[tracking.PARENT] == result["run_id"]
     assert {r.data.tags[tracking.PARENT] for r in runs["trial"]} == {row["run_id"]}
@@ -156,8 +158,13 @@ def check(plan: Plan, result: dict[str, Any], tracker: Tracker, small: Path, tmp
     for tags in (r.data.tags for r in runs["trial"]):
         assert tags["data"] == load_domain(str(small)).digest
         assert {"seed", "prompt", "model", "domain", "version.torch", "mlflow.source.git.commit"} <= set(tags)
-    best = max(found, key=lambda t: t.best)
-    assert row["best_trial"] == best.number, "no trial beat Direct"
+    scores, direct = {t.number: t.best for t in found}, row["val"]["direct"]
+    assert {t.of for t in final} == set(finalists(scores, direct))
+    assert row["best_trial"] == winner(scores, repeated(final), direct) is not None, "no trial beat Direct"
+    best = next(t for t in found if t.number == row["best_trial"])
+    for t in final:
+        assert {**t.config, "seed": "0"} == next(f for f in found if f.number == t.of).config
+        assert t.config["seed"] == str(plan.seeds + 1)
     again = tracking.trials(tracker, row["run_id"], "seed")
     assert [(t.number, t.of, t.config["seed"]) for t in again] == [
         (s, best.number, str(s)) for s in range(1, plan.seeds + 1)
@@ -182,7 +189,10 @@ def check(plan: Plan, result: dict[str, Any], tracker: Tracker, small: Path, tmp
 
 
 @on_ray
-def test_trials_of_one_worker_share_their_actors(small: Path, tmp_path: Path, tracker: Tracker) -> None:
+def test_trials_of_one_worker_share_their_actors(
+    small: Path, tmp_path: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(confirm, "CLOSE", 1.0)  # whatever beats Direct could be the best
     plan = make(small, tmp_path)
     result = new_study(plan, tracker)
     check(plan, result, tracker, small, tmp_path)
@@ -190,7 +200,7 @@ def test_trials_of_one_worker_share_their_actors(small: Path, tmp_path: Path, tr
 
     folders = list((tmp_path / "runs" / "s" / "trials" / "small").glob("trial-*"))
     left = [len(list(f.glob("checkpoint_*"))) for f in folders]
-    assert len(left) == 6
+    assert len(left) == plan.trials + len(result["domains"][0]["finalists"]) + plan.seeds
     assert max(left) <= 2, "the last checkpoint and the best one"
     kept = tracker.files(result["domains"][0]["run_id"], "")
     assert kept["history.svg"].startswith(b"<svg")
