@@ -72,7 +72,8 @@ def _verdict(tracker: Tracker, parent: str, direct: float) -> Verdict:
     if not searched:
         raise RuntimeError("no trial has come to a result; what ended each of them is in the lines above")
     scores = {t.number: t.best for t in searched}
-    final = [t for t in found[FINALIST] if t.of in finalists(scores, direct)]
+    close = finalists(scores, direct)
+    final = [t for t in found[FINALIST] if t.of in close]
     number = winner(scores, repeated(final), direct)
     best = next((t for t in searched if t.number == number), None)
     again = [t for t in found[SEED] if best and t.of == best.number]

@@ -108,12 +108,12 @@ class Confirmation:
         return self._proposal(SUPERVISED, self._supervised.pop(0), None) if self._supervised else None
 
     def _new_finalists(self) -> list[int]:
-        close = finalists({n: s for n, (s, _) in self._found.items()}, self._direct) if self._seeds() else []
+        close = finalists(self._scores(), self._direct) if self._seeds() else []
         return [n for n in close if (FINALIST, self._deciding_seed, n) not in self._done]
 
     def _repetition(self) -> Proposal | None:
         """Of the winner, with the next seed."""
-        number = winner({n: s for n, (s, _) in self._found.items()}, self._again, self._direct)
+        number = winner(self._scores(), self._again, self._direct)
         if number is None:
             return None
         for seed in self._seeds():
@@ -121,6 +121,10 @@ class Confirmation:
                 self._done.add((SEED, seed, number))
                 return self._proposal(SEED, seed, number)
         return None
+
+    def _scores(self) -> dict[int, float]:
+        """Of the search's trials."""
+        return {n: score for n, (score, _) in self._found.items()}
 
     def _seeds(self) -> range:
         """Others than the search's, on whose luck its winner may rest."""
