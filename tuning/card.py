@@ -101,11 +101,8 @@ def card(about: About) -> str:
         "prompts": t.get("prompt", "unknown"),
         "shown": _shown(t.get("crop", about.config.get("crop", "0"))),
     }
-    val = t.get(f"val_{t.get('score', 'miou')}")
-    chosen = f"the best of {about.trials} trials" if about.trials else "the best trial"
-    by = f" with {WORDS[t.get('score', 'miou')]} {float(val):.3f}" if val else ""
-    trial = f" (trial {t['trial']})" if "trial" in t else ""
-    step = f", after {about.step} steps," if about.step is not None else ""
+    most = int(t.get("test_instances", "0"))
+    few = f"Of each image at most {most} instances are scored.\n\n" if most else ""
     versions = ", ".join(f"{k.removeprefix('version.')} {v}" for k, v in sorted(t.items()) if k.startswith("version."))
     found = {
         "study": t.get("study", "unknown"),
@@ -122,13 +119,13 @@ def card(about: About) -> str:
 
 ## Scores on test
 
-{_table(("", WORDS[name]), rows)}
+{few}{_table(("", WORDS[name]), rows)}
 
 {_gap(s)}{spread}{_own(s, count)}
 
 ## How it was chosen
 
-It is {chosen}{trial} of a study{step} on val{by}. The study read test only after that.
+{_chosen(about)} The study read test only after that.
 
 {_facts(found)}
 
@@ -154,6 +151,22 @@ masks, iou = wesam.predict(model, image, {_prompts(t.get("prompt", "box"))})
 
 {_table(("field", "value"), [(f"`{k}`", f"`{v}`") for k, v in sorted(about.config.items())])}
 """
+
+
+def _chosen(about: About) -> str:
+    """How the study found it, on val."""
+    t = about.tags
+    of = f" of {about.trials}" if about.trials else ""
+    said = f"It comes from trial {t.get('trial', 'unknown')}{of} of a study"
+    if (final := int(t.get("finalists", "0"))) > 1:
+        said += f", one of the {final} that were best on val, which were trained again with another seed: "
+        said += "on the mean of both trainings it was best"
+    else:
+        said += ", the best of them on val"
+    val = t.get(f"val_{t.get('score', 'miou')}")
+    by = f" Its configuration has {WORDS[t.get('score', 'miou')]} {float(val):.3f} on val." if val else ""
+    step = f" The adapter is as it was after {about.step} steps." if about.step is not None else ""
+    return f"{said}.{by}{step}"
 
 
 def _labels(tags: Mapping[str, str]) -> str:

@@ -177,8 +177,11 @@ class Known:
 
 
 def _differs(bench: Bench, cell: Wanted, run: Stored) -> str | None:
-    """The first thing that a run has not as the cell is to have it."""
-    pairs = ((bench.params(cell), run.data.params), (bench.tags(cell), run.data.tags))
+    """The first thing that a run has not as the cell is to have it; a hyperparameter that is newer than the run was
+    at its published value.
+    """
+    params = {**{k: str(v) for k, v in Config().flat().items()}, **run.data.params}
+    pairs = ((bench.params(cell), params), (bench.tags(cell), run.data.tags))
     return next((k for wanted, have in pairs for k in wanted if have.get(k) != wanted[k]), None)
 
 

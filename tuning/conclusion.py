@@ -129,7 +129,8 @@ def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
         return row
     tags = {
         **target.tags, "study": plan.name, "trial": str(best.number), "crop": str(plan.base.crop), "joint": plan.joint,
-        "score": on_val, f"val_{on_val}": f"{row['val']['best']:.6f}",
+        "test_instances": str(plan.base.test_instances), "finalists": str(len(row["finalists"])), "score": on_val,
+        f"val_{on_val}": f"{row['val']['best']:.6f}",
         "adapter_test": f"{on_test[chosen.run_id].objective:.6f}",
         "test_seeds": json.dumps([t.number for t in verdict.again]), **_as_tags(row, test.chosen_by),
     }  # fmt: skip

@@ -56,6 +56,7 @@ def check_cells(plan: Plan, wanted: Sequence[Group], cells: Cells) -> list[str]:
         on = run.tags.get("chosen_on", "what nobody says")
         if on != (ON_VAL if run.trained else FREE):
             out.append(f"{run.name}: it was chosen on {on}, not on val")
+    out += _odd(every, "instances of an image on test", lambda r: r.params.get("test_instances", "0"))
     trained = [r for r in every if r.trained]
     out += _odd(trained, "steps", lambda r: r.params.get("steps"))
     out += _odd(trained, "images a step", lambda r: r.params.get("optim.batch_size"))

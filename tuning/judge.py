@@ -18,6 +18,7 @@ from tuning.scratch import scratch
 from tuning.trainer import source_model
 from wesam import AdaptedSam, Scores, baseline, evaluate, load_domain, overlay, predict
 from wesam.config import Config
+from wesam.data.domain import Split
 from wesam.evaluate import measure
 from wesam.overlay import sheet
 
@@ -77,7 +78,7 @@ def _begin(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def _references(task: Task, split: Literal["val", "test"]) -> tuple[dict[str, Scores], int]:
     sam, domain = source_model(task.model), load_domain(task.domain)
-    images = domain.val(task.base.val_instances) if split == "val" else domain.split(split)
+    images = _scored(task, split)
     found = {}
     if images[0].has_masks:
         for name, kind in DRAWN.items():
@@ -87,15 +88,21 @@ def _references(task: Task, split: Literal["val", "test"]) -> tuple[dict[str, Sc
     return found, domain.vanished(task.base, sam.image_encoder.img_size) if split == "val" else 0
 
 
+def _scored(task: Task, split: Literal["val", "test"]) -> Split:
+    """The images of this split, with what of their instances the study scores."""
+    most = task.base.val_instances if split == "val" else task.base.test_instances
+    return load_domain(task.domain).scored(split, most)
+
+
 def _judged(task: Task, adapter: Files) -> PerImage:
-    sam, test = source_model(task.model), load_domain(task.domain).split("test")
+    sam, test = source_model(task.model), _scored(task, "test")
     with scratch() as folder:
         return measure(AdaptedSam.load(sam, _unpack(adapter, folder)), test, task.base.scored_with)
 
 
 def _picture(task: Task, adapter: Files | None, after: PerImage | None) -> bytes:
     sam, domain = source_model(task.model), load_domain(task.domain)
-    test, prompt, crop = domain.split("test"), task.base.scored_with, task.base.crop
+    test, prompt, crop = _scored(task, "test"), task.base.scored_with, task.base.crop
     before = measure(sam, test if after else test[: 2 * SHOWN], prompt, crop=crop)
     chosen = changed_most(before, after) if after else {i: _told(scores) for i, scores in enumerate(before)}
     rows: list[list[Image.Image]] = []

@@ -55,7 +55,8 @@ def measure(task: Task) -> Measured:
     began = time.monotonic()
     sam, domain = source_model(task.model), load_domain(task.domain)
     torch.set_num_threads(task.threads)
-    config, test = Config().replace(task.config), domain.split("test")
+    config = Config().replace(task.config)
+    test = domain.scored("test", config.test_instances)
     tags = {"hardware": hardware()}
     metrics: dict[str, float] = {}
     curve: dict[int, float] = {}
@@ -87,7 +88,7 @@ def _named(scores: Mapping[PromptKind, Scores]) -> dict[str, float]:
 @lru_cache(maxsize=64)
 def _direct(model: str, domain: str, prompt: PromptKind, crop: float, most: int) -> Scores:
     """The source model's scores on val, computed once in a process."""
-    return evaluate(source_model(model), load_domain(domain).val(most), prompt, crop=crop)
+    return evaluate(source_model(model), load_domain(domain).scored("val", most), prompt, crop=crop)
 
 
 def _reckoned(sam: Sam, config: Config) -> float:

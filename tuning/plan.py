@@ -85,8 +85,8 @@ METHOD = "wesam+"
 """What a study adapts with if nothing else is said."""
 
 SHARED = (
-    "prompt", "val_prompt", "crop", "seed", "steps", "eval_every", "val_instances", "max_instances", "optim.batch_size",
-    "grid.points_per_side", "grid.predicted_iou", "grid.stability",
+    "prompt", "val_prompt", "crop", "seed", "steps", "eval_every", "val_instances", "test_instances", "max_instances",
+    "optim.batch_size", "grid.points_per_side", "grid.predicted_iou", "grid.stability",
 )  # fmt: skip
 """Fields of Config that are not a method's own: its data and its budget, the same for all that are compared."""
 

@@ -121,6 +121,8 @@ def _about(found: Collected) -> str:
         f"steps, {r['workers']} worker(s) each, seed {r['seed']}; {r['seconds'] / 60:.1f} minutes"
     )
     text += f"; {gap['median']:.2f} s between trials." if gap else "."
+    if most := found.plan.base.test_instances:
+        text += f" On test at most {most} instances of an image are scored."
     seeds = r.get("seeds", 0)
     if not seeds:
         return text

@@ -141,7 +141,7 @@ DEFAULT: Space = {
 common factor of all weights of losses, so one of them, WeSAM's dice, is the unit and is not among them.
 """
 
-OF_THE_STUDY = ("prompt", "val_prompt", "crop", "steps", "eval_every", "val_instances", "seed")
+OF_THE_STUDY = ("prompt", "val_prompt", "crop", "steps", "eval_every", "val_instances", "test_instances", "seed")
 """Fields of Config that all trials share, or they could not be compared."""
 
 

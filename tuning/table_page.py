@@ -121,6 +121,8 @@ def _about(plan: Plan, cells: Cells) -> str:
         said.append(
             f"Hyperparameters are the best on val of {plan.trials} trials for each row, domain and kind of label."
         )
+    if most := plan.base.test_instances:
+        said.append(f"Of each image of test at most {most} instances are scored.")
     said.append("Of the rows that learn from no masks the **best** and the _second_ are marked.")
     notes = [f"- {title_of(m)}: {METHODS[m].note}" for m in plan.methods]
     return "\n\n".join([" ".join(said), "\n".join(notes)])

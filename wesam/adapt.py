@@ -84,7 +84,7 @@ def adapt(
     parameters = model.trainable()
     optimizer = torch.optim.Adam(parameters, config.optim.lr, weight_decay=config.optim.weight_decay)
     anchor = _anchor(sam, domain, config)
-    val = domain.val(config.val_instances)
+    val = domain.scored("val", config.val_instances)
 
     def scores() -> Scores:
         mine = val if world == 1 else val[rank::world]

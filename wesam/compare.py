@@ -47,7 +47,7 @@ def train_once(
     val: the unadapted model's scores on val, if known. after: steps after which the model meets test as it then is.
     forgiving: a run that diverges counts with what it had reached; else it raises FloatingPointError.
     """
-    test = domain.split("test")
+    test = domain.scored("test", config.test_instances)
     later: dict[int, Scores] = {}
     curve: dict[int, Scores] = {}
     seconds: list[float] = []
@@ -95,8 +95,8 @@ def compare(
     standard deviation over the seeds and the list of all; and, where wesam and supervised are among them, the share of
     the gap between Direct and Supervised that WeSAM closes.
     """
-    test = domain.split("test")
     first = next(iter(configs.values()))
+    test = domain.scored("test", first.test_instances)
     prompt, crop = first.scored_with, first.crop
     for config in configs.values():
         checked(domain, config)
@@ -106,7 +106,7 @@ def compare(
     }
     row["direct"] = direct = evaluate(sam, test, prompt, crop=crop).objective
     watch("  ".join(f"{k} {v:.3f}" for k, v in row.items()))
-    val = evaluate(sam, domain.val(first.val_instances), prompt, crop=crop)
+    val = evaluate(sam, domain.scored("val", first.val_instances), prompt, crop=crop)
     for name, config in configs.items():
         found: list[float] = []
         for seed in seeds:
@@ -135,18 +135,18 @@ def cross(
     the seeds by the kind that test is prompted with (a grid is none), its standard deviation as ``KIND_sd`` and the
     list of all as ``KIND_all``.
     """
-    test = domain.split("test")
     for config in configs.values():
         checked(domain, config)
     asked: list[PromptKind] = list(dict.fromkeys(c.scored_with for c in configs.values()))
-    crop = next(iter(configs.values())).crop
+    first = next(iter(configs.values()))
+    test, crop = domain.scored("test", first.test_instances), first.crop
     scores = {k: evaluate(sam, test, k, crop=crop) for k in asked}
     direct: dict[str, Any] = {k: s.objective for k, s in scores.items()}
     score = scores[asked[0]].chosen_by
     rows: list[dict[str, Any]] = [{"trained_with": None, "score": score, **direct}]
     watch(f"direct: test {score} " + _said(direct, asked))
     for trained, config in configs.items():
-        val = evaluate(sam, domain.val(config.val_instances), config.scored_with, crop=crop)
+        val = evaluate(sam, domain.scored("val", config.val_instances), config.scored_with, crop=crop)
         found: dict[PromptKind, list[float]] = {k: [] for k in asked}
         for seed in seeds:
             once = train_once(sam, domain, config.replace({"seed": seed}), asked, val=val)

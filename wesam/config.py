@@ -179,6 +179,7 @@ class Config(_Checked):
     steps: int = _hp(1000, "optimisation steps", 1)
     eval_every: int = _hp(100, "steps between two evaluations on val", 1)
     val_instances: int = _hp(16, "instances of an image of val that are scored, at most; 0 takes all", 0)
+    test_instances: int = _hp(0, "instances of an image of test that are scored, at most; 0 takes all", 0)
     max_instances: int = _hp(50, "instances of an image used in one step; more are drawn at random", 1)
     seed: int = _hp(0, "seed of all that is random in the run", 0, 2**32 - 1)
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -39,13 +39,22 @@ def test_a_card_says_what_it_is_how_good_and_how_it_came_about() -> None:
     assert rows == ["0.300", "0.400", "0.600", "0.650", "0.700 ± 0.012", "0.800 ± 0.020"]
     assert "50 % of the gap" in told
     assert "± is the standard deviation over 3 training seeds" in told
-    for fact in ("16 trials (trial 7)", "after 40 steps", "`vit_b-0123`", "mIoU 0.710", "run1", "c0ffee", "torch 2",
+    for fact in ("trial 7 of 16 of a study, the best of them on val",
+                 "after 40 steps", "`vit_b-0123`", "mIoU 0.710", "run1", "c0ffee", "torch 2",
                  "`abc`", "study: s", "seed: 5", "| `lora.rank` | `4` |",
                  "a square around each prompt, 2 times", "boxes"):  # fmt: skip
         assert fact in told
     assert "0.610" not in told, "Direct on val is no score on test"
     for use in ("wesam predict", 'best_adapter("nuclei")', "SamModel.from_pretrained"):
         assert use in told
+
+
+def test_a_card_says_how_one_of_several_good_trials_was_chosen_and_what_was_scored() -> None:
+    told = card(about(tags={**TAGS, "finalists": "3", "test_instances": "16"}))
+    assert "trial 7 of 16 of a study, one of the 3 that were best on val, which were trained again" in told
+    assert "the best of them on val" not in told
+    assert "at most 16 instances are scored" in told
+    assert "instances are scored" not in card(about(tags={**TAGS, "finalists": "0", "test_instances": "0"}))
 
 
 def test_what_is_not_known_is_not_said() -> None:

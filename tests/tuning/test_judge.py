@@ -36,6 +36,13 @@ def test_without_masks_the_caption_says_so() -> None:
     assert found == {0: "no masks known, label-free score 0.500 -> 0.600, +10.0 points, rank 1 of 1 by gain"}
 
 
+def test_references_are_scored_with_so_many_instances_of_an_image(small: Path) -> None:
+    base = Config(val_instances=1, test_instances=1)
+    for split in ("val", "test"):
+        found, _ = judge._references(Task("nano", str(small), base), split)  # type: ignore[arg-type]
+        assert {s.instances for s in found.values()} == {found[f"direct_{split}"].images}
+
+
 def test_without_an_adapter_the_first_images_are_shown_as_they_are(small: Path) -> None:
     picture = judge._picture(Task("nano", str(small), Config()), None, None)
     with Image.open(io.BytesIO(picture)) as page:

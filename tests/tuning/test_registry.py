@@ -76,11 +76,23 @@ def test_a_champion_is_replaced_only_by_one_that_is_better_by_more_than_the_spre
 
 @pytest.mark.parametrize(
     ("differs", "to"),
-    [("data", "new"), ("prompt", "point"), ("val_prompt", "point"), ("model", "vit_b"), ("crop", "2.0")],
+    [
+        ("data", "new"),
+        ("prompt", "point"),
+        ("val_prompt", "point"),
+        ("model", "vit_b"),
+        ("crop", "2.0"),
+        ("test_instances", "16"),
+    ],
 )
 def test_a_champion_that_cannot_be_compared_is_replaced(register: Register, differs: str, to: str) -> None:
     register(0.5)
     assert f"in place of version 1 (its {differs} differed)" in register(0.1, **{differs: to})[1]
+
+
+def test_an_older_champion_was_scored_with_all_instances(register: Register) -> None:
+    register(0.5)
+    assert "stays version 1" in register(0.4, test_instances="0")[1]
 
 
 def test_scores_of_other_kinds_are_not_compared(register: Register) -> None:

@@ -6,12 +6,13 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tuning import table_page
-from tuning.cells import Wanted, work
+from tuning.cells import Bench, Wanted, _differs, work
 from tuning.entries import Cell, blocks, check_cells, check_disjoint
 from tuning.table_words import words
 from tuning.tables import Group, Plan, groups, make_plan, rows
@@ -263,6 +264,7 @@ def test_long_says_whether_self_training_decays_and_whether_the_anchor_holds_it(
         ({"tags": {"weights": "other"}}, r"its weights \(other\)"),
         ({"params": {"steps": "61"}}, r"its steps \(61\) are not those of most cells \(60\)"),
         ({"params": {"optim.batch_size": "8"}}, r"its images a step \(8\)"),
+        ({"params": {"test_instances": "9"}}, r"its instances of an image on test \(9\) .* most cells \(0\)"),
     ],
 )
 def test_a_cell_with_another_budget_or_chosen_on_test_is_named(change: dict[str, Any], message: str) -> None:
@@ -278,6 +280,21 @@ def test_a_cell_with_another_budget_or_chosen_on_test_is_named(change: dict[str,
         raise InputError(fault)
     del cells[key][0]
     assert check_cells(plan, groups(plan), cells) == ["wesam-camouflaged-box: it has the seeds 2, not 1, 2"]
+
+
+def test_a_run_that_is_older_than_a_hyperparameter_had_its_published_value() -> None:
+    def wanted(*fixed: str) -> tuple[Bench, Wanted]:
+        plan = make_plan("methods", ["camouflaged"], prompts=["box"], methods=["wesam"], fixed=fixed)
+        group = groups(plan)[-1]
+        return Bench(plan, "w", 1, 0.0), Wanted(group=group, config=group.config, number=1)
+
+    bench, cell = wanted()
+    params = bench.params(cell)
+    del params["test_instances"]
+    run: Any = SimpleNamespace(data=SimpleNamespace(params=params, tags=bench.tags(cell)))
+    assert _differs(bench, cell, run) is None
+    for path in ("test_instances", "optim.lr"):
+        assert _differs(*wanted(f"{path}=1"), run) == path
 
 
 def test_an_image_on_val_and_on_test_is_found() -> None:

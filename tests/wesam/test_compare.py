@@ -28,6 +28,14 @@ def test_one_training_meets_test_with_several_prompts_and_after_given_steps(sam:
     assert not found.diverged
 
 
+def test_so_many_instances_of_an_image_of_test_are_scored(sam: Sam, camouflaged: Domain) -> None:
+    few = {"steps": 1, "optim.batch_size": 1, "max_instances": 1, "val_instances": 1}
+    config, test = method_preset("nano", "wesam").replace(few), camouflaged.split("test")
+    for most, expected in ((1, len(test)), (2, sum(min(2, len(s)) for s in test)), (0, sum(map(len, test)))):
+        found = train_once(sam, camouflaged, config.replace({"test_instances": most}), ["box"])
+        assert found.test["box"].instances == expected
+
+
 def test_a_training_that_diverges_counts_with_what_it_had_reached(
     sam: Sam, camouflaged: Domain, monkeypatch: pytest.MonkeyPatch
 ) -> None:

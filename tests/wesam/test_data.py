@@ -67,7 +67,7 @@ def test_the_instances_that_val_is_scored_with_lie_evenly_in_its_list(camouflage
     assert torch.equal(given.only(4).weak_labels("box").boxes, sample.only(4).weak_labels("box").boxes)
     unlabelled = Sample("x", sample.image, {})
     assert (sample.only(0), sample.only(10), unlabelled.only(4)) == (sample, sample, unlabelled)
-    assert [len(s) for s in camouflaged.val(1)] == [1] * len(camouflaged.split("val"))
+    assert [len(s) for s in camouflaged.scored("val", 1)] == [1] * len(camouflaged.split("val"))
 
 
 def test_coco_reads_every_kind_of_segmentation_and_skips_crowds(coco_folder: Path) -> None:

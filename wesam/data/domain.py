@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -147,10 +147,10 @@ class Domain:
         """The images of ``train``, ``val`` or ``test``."""
         return self.splits[name]
 
-    def val(self, most: int) -> Split:
-        """The images of val with at most so many instances of each, as :meth:`Sample.only` has it."""
-        whole = self.split("val")
-        return Split(len(whole), lambda i: whole[i].only(most))
+    def scored(self, name: Literal["val", "test"], most: int) -> Split:
+        """The images of a split with at most so many instances of each, as :meth:`Sample.only` has it; 0 keeps all."""
+        whole = self.split(name)
+        return Split(len(whole), lambda i: whole[i].only(most)) if most else whole
 
     def shared(self, one: str, other: str) -> list[tuple[str, str]]:
         """The keys of the images that two splits have in common, pixel by pixel; reads all of both."""
