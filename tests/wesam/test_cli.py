@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,23 @@ def test_check_lists_all_faults_of_listings_and_of_images(
     assert [s["images"] for s in report["splits"]] == [3, 1, 2]
     assert main(["evaluate", "--domain", str(coco_folder)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_check_says_how_large_instances_are(
+    coco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(coco_folder), "--json", str(tmp_path / "r.json")]) == 0
+    sides = [s["median_side"] for s in json.loads((tmp_path / "r.json").read_text())["splits"]]
+    assert sides == pytest.approx([29 / 100, 29 / 90, 29 / 90], abs=0.05)  # a disc of 29 pixels and a square of 30
+    assert "--crop" not in capsys.readouterr().out
+    small = Path(shutil.copytree(coco_folder, tmp_path / "small"))
+    for split in ("train", "val", "test"):
+        listed = json.loads((small / f"{split}.json").read_text())
+        for one in listed["annotations"]:
+            one["segmentation"] = [[20, 20, 24, 20, 24, 24, 20, 24]]
+        (small / f"{split}.json").write_text(json.dumps(listed))
+    assert main(["check", str(small)]) == 0
+    assert "--crop 2" in capsys.readouterr().out
 
 
 def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:

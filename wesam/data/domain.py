@@ -66,6 +66,13 @@ class Sample:
             raise InputError(f"{self.key} has no masks, {known}: --prompt {' or '.join(self.labels or ['grid'])}")
         return self.labels[kind]
 
+    @property
+    def boxes(self) -> Tensor | None:
+        """The instances' tight boxes, [N, 4], in pixels; None where neither masks nor boxes are known."""
+        if isinstance(self.labels, Tensor):
+            return tight_boxes(self.labels)
+        return self.labels["box"].boxes if "box" in self.labels else None
+
     def only(self, most: int) -> Sample:
         """The same image with at most so many of its instances, evenly over the list of them; 0 keeps all."""
         count = len(self)
@@ -81,11 +88,8 @@ class Sample:
 
         Where only clicks are given, nothing says how large an instance is: all are.
         """
-        if isinstance(self.labels, Tensor):
-            boxes = tight_boxes(self.labels)
-        elif "box" in self.labels and self.labels["box"].boxes is not None:
-            boxes = self.labels["box"].boxes
-        else:
+        boxes = self.boxes
+        if boxes is None:
             return torch.arange(len(self))
         return (~vanishing(boxes, (self.image.shape[1], self.image.shape[2]), side)).nonzero()[:, 0]
 
