@@ -21,6 +21,7 @@ from tuning.tables import FREE, ON_VAL, Group, Plan
 from tuning.tracking import PARENT, Tracker, environment
 from wesam.config import Config
 from wesam.data import load_domain
+from wesam.prompts import changed_labels
 
 TRIAL = "trial"
 """What a cell is called that belongs to a search; others by their seed."""
@@ -74,6 +75,7 @@ class Bench:
         return {
             "data": load_domain(group.given).digest, "weights": self.weights, "trials": str(trials),
             "method": group.row.method or group.row.drawing or "direct", "tests": " ".join(cell.tests),
+            "labels": changed_labels(cell.config.prompt, *cell.tests),
             "after": " ".join(map(str, () if cell.trial else group.after)), "cost": str(group.cost),
         }  # fmt: skip
 
@@ -181,7 +183,8 @@ def _differs(bench: Bench, cell: Wanted, run: Stored) -> str | None:
     at its published value.
     """
     params = {**{k: str(v) for k, v in Config().flat().items()}, **run.data.params}
-    pairs = ((bench.params(cell), params), (bench.tags(cell), run.data.tags))
+    tags = {"labels": "", **run.data.tags}
+    pairs = ((bench.params(cell), params), (bench.tags(cell), tags))
     return next((k for wanted, have in pairs for k in wanted if have.get(k) != wanted[k]), None)
 
 

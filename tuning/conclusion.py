@@ -15,6 +15,7 @@ from tuning.plan import MARGIN
 from tuning.target import Context, Target
 from tuning.tracking import Run, Tracker, Trial, trials_by_role
 from wesam import Scores
+from wesam.prompts import changed_labels
 
 Row = dict[str, Any]
 """A domain's line of the result; its keys are explained in docs/study.md."""
@@ -129,8 +130,9 @@ def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
         return row
     tags = {
         **target.tags, "study": plan.name, "trial": str(best.number), "crop": str(plan.base.crop), "joint": plan.joint,
-        "test_instances": str(plan.base.test_instances), "finalists": str(len(row["finalists"])), "score": on_val,
-        f"val_{on_val}": f"{row['val']['best']:.6f}",
+        "test_instances": str(plan.base.test_instances),
+        "labels": changed_labels(plan.base.prompt, plan.base.scored_with), "finalists": str(len(row["finalists"])),
+        "score": on_val, f"val_{on_val}": f"{row['val']['best']:.6f}",
         "adapter_test": f"{on_test[chosen.run_id].objective:.6f}",
         "test_seeds": json.dumps([t.number for t in verdict.again]), **_as_tags(row, test.chosen_by),
     }  # fmt: skip

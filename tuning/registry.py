@@ -39,7 +39,7 @@ CODE = Path(__file__).with_name("model.py")
 CARD, SETTINGS = "README.md", "config.json"
 """Fetched beside an adapter: its card, and its hyperparameters as ``wesam adapt --config`` reads them."""
 
-COMPARED = ("data", "prompt", "val_prompt", "model", "crop", "test_instances")
+COMPARED = ("data", "prompt", "val_prompt", "model", "crop", "test_instances", "labels")
 """Tags in which two versions must be the same for their scores to say anything about each other."""
 
 NEEDED = (
@@ -215,7 +215,7 @@ def _better(new: Entry, old: Entry) -> bool:
 
 def _changed(old: Entry, new: Entry) -> list[str]:
     """In what two versions differ so that their scores cannot be compared."""
-    before, now = ({"test_instances": "0", **e.tags} for e in (old, new))
+    before, now = ({"test_instances": "0", "labels": "", **e.tags} for e in (old, new))
     changed = [k for k in COMPARED if before.get(k) != now.get(k)]
     return changed if old.test[0] == new.test[0] and old.test[1] is not None else [*changed, "score"]
 

@@ -12,7 +12,9 @@ from typing import Self
 import cv2
 import numpy as np
 import torch
+from pycocotools import mask as rle
 from torch import Tensor
+from torch.nn import functional as F
 
 from wesam.config import PromptKind
 
@@ -22,6 +24,12 @@ POINTS = 5
 VERTICES = 8
 """The most vertices of a coarse mask's polygon."""
 
+
+CHANGED: dict[str, int] = {"coarse": 2, "coarse-box": 2}
+"""How often a kind of label has changed: the same masks give others, or the model takes them in another form."""
+
+SAMPLES = 4
+"""Along each side of a cell, to find what a polygon covers of it."""
 
 NO_CLICK = -1
 """SAM's label of a place in the list of clicks that holds none."""
@@ -152,22 +160,27 @@ class Prompts:
         )
 
     def mask_input(self, size: int, stride: float) -> Tensor:
-        """The polygons as SAM's mask input, one cell per ``stride`` pixels: logits [N, 1, size, size], 8 in, -8 out."""
+        """The polygons as SAM's mask input, a cell per ``stride`` pixels: logits [N, 1, size, size], 8 in, -8 out."""
+        return (16 * self.covered(size, stride) - 8)[:, None]
+
+    def covered(self, size: int, stride: float) -> Tensor:
+        """The share of each cell of ``stride`` pixels a side that the polygons cover, [N, size, size] in 0..1."""
         assert self.polygons is not None
-        out = np.full((len(self.polygons), 1, size, size), -8.0, np.float32)
-        for cell, polygon in zip(out, self.polygons, strict=True):
-            corners = np.round((polygon.numpy() / stride - 0.5) * 16).astype(np.int32)
-            cv2.fillPoly(cell[0], [corners], 8.0, cv2.LINE_8, 4)
-        return torch.from_numpy(out)
+        fine = self.scaled(SAMPLES / stride)
+        out = torch.zeros(len(self.polygons), size, size)
+        for n in range(len(out)):
+            drawn = fine[torch.tensor([n])].filled((SAMPLES * size, SAMPLES * size))
+            out[n] = F.avg_pool2d(drawn.float(), SAMPLES)[0]
+        return out
 
     def filled(self, size: tuple[int, int]) -> Tensor:
-        """The polygons filled, bool [N, H, W] for this (height, width)."""
+        """The polygons filled, bool [N, H, W] for this (height, width): the pixels whose centres they hold."""
         assert self.polygons is not None
-        out = np.zeros((len(self.polygons), *size), np.uint8)
-        for cell, polygon in zip(out, self.polygons, strict=True):
-            corners = np.round((polygon.numpy() - 0.5) * 16).astype(np.int32)
-            cv2.fillPoly(cell, [corners], 1, cv2.LINE_8, 4)
-        return torch.from_numpy(out).bool()
+        if not self.polygons:
+            return torch.zeros(0, *size, dtype=torch.bool)
+        outlines = [polygon.flatten().tolist() for polygon in self.polygons]
+        drawn = rle.decode(rle.frPyObjects(outlines, *size))
+        return torch.from_numpy(np.ascontiguousarray(drawn.transpose(2, 0, 1))).bool()
 
     @classmethod
     def concatenate(cls, parts: list[Self]) -> Self:
@@ -180,6 +193,11 @@ class Prompts:
         return cls(
             boxes=joined("boxes"), points=joined("points"), point_labels=joined("point_labels"), polygons=polygons
         )
+
+
+def changed_labels(*kinds: str) -> str:
+    """What tells scores with labels of these kinds from those with the labels of before; empty if none has changed."""
+    return " ".join(f"{k} {CHANGED[k]}" for k in sorted(set(kinds)) if k in CHANGED)
 
 
 def weak_labels(masks: Tensor, kind: PromptKind, key: str) -> Prompts:
@@ -246,14 +264,18 @@ def _clicks(rng: np.random.Generator, mask: np.ndarray, inside: int, outside: in
 
 def _polygon(mask: np.ndarray) -> Tensor:
     """The outline of the mask's largest part, simplified until it has at most VERTICES corners, float [V, 2]."""
-    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    corners = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), np.uint8)  # where four pixels meet
+    for y, x in np.ndindex(2, 2):
+        corners[y : y + mask.shape[0], x : x + mask.shape[1]] |= mask
+    contours, _ = cv2.findContours(corners, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     outline = max(contours, key=len)
     tolerance = 0.01 * cv2.arcLength(outline, True)
     polygon = outline
     while len(polygon) > VERTICES:
         polygon = cv2.approxPolyDP(outline, tolerance, True)
         tolerance = 1.3 * tolerance + 0.1
-    if len(polygon) < 3:  # a line or a speck: its box
+    if len(polygon) < 3:  # a line: its box
         x, y, w, h = cv2.boundingRect(outline)
-        return torch.tensor([[x, y], [x + w, y], [x + w, y + h], [x, y + h]], dtype=torch.float32)
-    return torch.from_numpy(polygon[:, 0].astype(np.float32) + 0.5)
+        right, low = x + w - 1, y + h - 1
+        return torch.tensor([[x, y], [right, y], [right, low], [x, low]], dtype=torch.float32)
+    return torch.from_numpy(polygon[:, 0].astype(np.float32))

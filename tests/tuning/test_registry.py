@@ -83,6 +83,7 @@ def test_a_champion_is_replaced_only_by_one_that_is_better_by_more_than_the_spre
         ("model", "vit_b"),
         ("crop", "2.0"),
         ("test_instances", "16"),
+        ("labels", "coarse 2"),
     ],
 )
 def test_a_champion_that_cannot_be_compared_is_replaced(register: Register, differs: str, to: str) -> None:

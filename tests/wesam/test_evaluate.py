@@ -61,7 +61,7 @@ def test_the_label_free_score_by_hand() -> None:
     assert label_free(masks, given, mirrored, list(halves)).tolist() == [pytest.approx(8 / 16), pytest.approx(1 / 2)]
     alone = Prompts(points=clicks[:1, :2], point_labels=torch.tensor([[1, 0]]))
     assert [h.point_labels.tolist() for h in alone.halves() if h.point_labels is not None] == [[[1, 0]], [[1, -1]]]
-    square = torch.tensor([[2.5, 2.5], [5.5, 2.5], [5.5, 5.5], [2.5, 5.5]])  # through the outer pixels
+    square = torch.tensor([[2.0, 2.0], [6.0, 2.0], [6.0, 6.0], [2.0, 6.0]])
     filled = label_free(masks, Prompts(polygons=(square, square)))
     assert filled.tolist() == [pytest.approx(1), 0]
 

@@ -67,6 +67,29 @@ def test_coarse_masks_have_few_corners_and_cover_the_object_roughly() -> None:
     assert 0.6 < sum(overlaps) / len(overlaps) < 0.97
 
 
+def test_a_coarse_mask_is_as_large_at_every_resolution() -> None:
+    sample = load_domain("clean").split("val")[0]
+    prompts = weak_labels(sample.masks, "coarse", sample.key)
+    areas = prompts.filled((192, 192)).sum((1, 2))
+    for factor in (2, 5):
+        finer = prompts.scaled(factor).filled((factor * 192, factor * 192)).sum((1, 2)) / factor**2
+        assert torch.allclose(finer, areas.float(), rtol=0.15)
+        assert finer.sum() == pytest.approx(areas.sum().item(), rel=0.03)
+    covered = prompts.covered(48, 4.0).sum((1, 2)) * 16
+    assert torch.allclose(covered, areas.float(), atol=0.01 * 192), "so is what the model is given"
+    assert prompts.mask_input(48, 4.0).sigmoid().round().sum() > 0
+
+
+def test_a_rectangle_is_its_own_coarse_mask() -> None:
+    masks = torch.zeros(3, 20, 30, dtype=torch.bool)
+    masks[0, 4:9, 10:25] = True
+    masks[1, 7, 3] = True
+    masks[2, :, 12] = True
+    prompts = weak_labels(masks, "coarse", "x")
+    assert torch.equal(prompts.extents(), tight_boxes(masks))
+    assert torch.equal(prompts.filled((20, 30)), masks)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("flips", [(True, False), (False, True), (True, True)])
 def test_flipped_labels_are_labels_of_the_flipped_image(kind: PromptKind, flips: tuple[bool, bool]) -> None:

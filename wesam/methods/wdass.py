@@ -46,8 +46,8 @@ def corrected(masks: Tensor, batch: Batch) -> Tensor:
     if given.boxes is not None:
         return masks & given_boxes(batch)
     if given.polygons is not None:
-        drawn = given.mask_input(size, batch.stride).to(masks.device)
-        return masks & (F.max_pool2d(drawn, 2 * AROUND + 1, 1, AROUND)[:, 0] > 0)
+        drawn = given.covered(size, batch.stride).to(masks.device)
+        return masks & (F.max_pool2d(drawn, 2 * AROUND + 1, 1, AROUND) > 0)
     assert given.points is not None
     assert given.point_labels is not None
     cell = torch.arange(size, device=masks.device) + 0.5

@@ -52,12 +52,11 @@ def losses(model: AdaptedSam, batch: Batch, config: Config) -> dict[str, Tensor]
 
 def against_label(logits: Tensor, given: Prompts, stride: int) -> Tensor:
     """How badly masks, logits [N, m, m], fit the weak labels that they answer, [N]; stride: pixels per cell."""
-    side = stride * logits.shape[-1]
     if given.boxes is not None:
-        seen = in_pixels(logits, side)
+        seen = in_pixels(logits, stride * logits.shape[-1])
         return L.tightness(seen, box_pixels(given.boxes, seen))
     if given.polygons is not None:
-        return L.dice(logits, covered(given.filled((side, side)), stride).to(logits.device))
+        return L.dice(logits, given.covered(logits.shape[-1], stride).to(logits.device))
     assert given.points is not None
     assert given.point_labels is not None
     return L.at_clicks(logits, given.points.to(logits.device), given.point_labels.to(logits.device), stride)
