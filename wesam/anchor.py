@@ -32,7 +32,7 @@ from wesam.sam.promptable import CHUNK, decode, encode, resize
 from wesam.store import Store
 from wesam.views import flip
 
-FORMAT = 1
+FORMAT = 2
 """Changes whenever the same inputs give other answers, or they are kept in another form."""
 
 Flips = tuple[bool, bool]
