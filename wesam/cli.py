@@ -95,8 +95,10 @@ def _check(args: argparse.Namespace) -> int:
         print(f"left out: {fault}")
     if rows:
         print(table(rows))
-        print("median_side: half of the instances are shorter than this share of their image's longer side")
-        if any(r["median_side"] is not None and r["median_side"] < SMALL for r in rows):
+        medians = [r["median_side"] for r in rows if r["median_side"] is not None]
+        if medians:
+            print("median_side: half of the instances are shorter than this share of their image's longer side")
+        if medians and min(medians) < SMALL:
             print(
                 "many instances are small: a SAM may see them better in windows around the prompts; compare "
                 f"wesam evaluate --domain {args.domain} --split val with and without --crop 2"

@@ -166,11 +166,15 @@ class Prompts:
     def covered(self, size: int, stride: float) -> Tensor:
         """The share of each cell of ``stride`` pixels a side that the polygons cover, [N, size, size] in 0..1."""
         assert self.polygons is not None
-        fine = self.scaled(SAMPLES / stride)
         out = torch.zeros(len(self.polygons), size, size)
-        for n in range(len(out)):
-            drawn = fine[torch.tensor([n])].filled((SAMPLES * size, SAMPLES * size))
-            out[n] = F.avg_pool2d(drawn.float(), SAMPLES)[0]
+        for cells, polygon in zip(out, self.polygons, strict=True):
+            corners = polygon / stride
+            x0, y0 = (int(c) for c in corners.amin(0).floor().clamp(0, size - 1))
+            x1, y1 = (int(c) for c in corners.amax(0).ceil().clamp(1, size))
+            near = cells[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
+            there = type(self)(polygons=(SAMPLES * (corners - torch.tensor([x0, y0])),))
+            drawn = there.filled((SAMPLES * near.shape[0], SAMPLES * near.shape[1]))
+            near.copy_(F.avg_pool2d(drawn.float(), SAMPLES)[0])
         return out
 
     def filled(self, size: tuple[int, int]) -> Tensor:
