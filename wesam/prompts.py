@@ -24,9 +24,9 @@ POINTS = 5
 VERTICES = 8
 """The most vertices of a coarse mask's polygon."""
 
-
 CHANGED: dict[str, int] = {"coarse": 2, "coarse-box": 2}
-"""How often a kind of label has changed: the same masks give others, or the model takes them in another form."""
+"""The version of a kind of label that is not what it first was: the same masks give others, or the model takes them in
+another form."""
 
 SAMPLES = 4
 """Along each side of a cell, to find what a polygon covers of it."""
