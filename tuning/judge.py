@@ -17,7 +17,7 @@ from tuning.runtime import worker_resources
 from tuning.scratch import scratch
 from tuning.trainer import source_model
 from wesam import AdaptedSam, Scores, baseline, evaluate, load_domain, overlay, predict
-from wesam.config import Config
+from wesam.config import Config, PromptKind
 from wesam.data.domain import Split
 from wesam.evaluate import measure
 from wesam.overlay import sheet
@@ -30,6 +30,12 @@ DRAWN: dict[str, Literal["box", "ellipse"]] = {"box_filled": "box", "ellipse": "
 
 SHOWN = 2
 """Test images in a domain's picture on which the adapter gains most, and as many on which it gains least."""
+
+WINDOWS: dict[PromptKind, float] = {"box": 2.0, "coarse": 2.0, "point": 4.0}
+"""The crop that Direct is tried with, to tell whether windows around the prompts are worth a study of their own."""
+
+TRIED_IMAGES, TRIED_INSTANCES = 16, 4
+"""On so many images of val at most, and so many instances of each: in a window each costs a pass of the encoder."""
 
 PerImage = list[dict[str, Tensor]]
 """Scores as :func:`wesam.evaluate.measure` has them."""
@@ -49,7 +55,9 @@ def references(task: Task) -> tuple[dict[str, Scores], int]:
     """What is known of a domain before any search.
 
     Returns the scores of Direct and, where there are masks, of :data:`DRAWN`, on val and test: ``direct_val``,
-    ``ellipse_test``, ...; and how many training instances are too small for the model to see.
+    ``ellipse_test``, ...; of a study without windows also Direct's on a part of val, seen whole and in
+    :data:`WINDOWS`: ``whole_val`` and ``windows_val``; and how many training instances are too small for the model to
+    see.
     """
     (on_val, vanished), (on_test, _) = ray.get([_begin(_references, task, split) for split in ("val", "test")])
     return {**on_val, **on_test}, vanished
@@ -85,6 +93,11 @@ def _references(task: Task, split: Literal["val", "test"]) -> tuple[dict[str, Sc
             found[f"{name}_{split}"] = baseline(kind, images)
     prompt, crop = task.base.scored_with, task.base.crop
     found[f"direct_{split}"] = evaluate(sam, images, prompt, crop=crop, label_free=split == "val")
+    if split == "val" and not crop:
+        some = range(0, len(images), -(-len(images) // TRIED_IMAGES))
+        few = [images[i].only(TRIED_INSTANCES) for i in some]
+        found["whole_val"] = evaluate(sam, few, prompt, label_free=True)
+        found["windows_val"] = evaluate(sam, few, prompt, crop=WINDOWS[prompt], label_free=True)
     return found, domain.vanished(task.base, sam.image_encoder.img_size) if split == "val" else 0
 
 

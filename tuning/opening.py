@@ -16,6 +16,9 @@ Verdict = Literal["adapter", "chance", "drawn", "model"]
 drawn in the box; the model as it is.
 """
 
+WORTH = 0.01
+"""What Direct has to gain in windows around the prompts: they cost many passes of the encoder for an image."""
+
 _DRAWN = {"box_filled": "the box filled", "ellipse": "an ellipse drawn in the box"}
 
 
@@ -80,6 +83,8 @@ def _found(row: Row, prompt: str) -> str:
     if drawn and row[drawn] >= max(best, direct):
         named = _DRAWN[drawn] if prompt in BOXES else f"{_DRAWN[drawn]}, where one is given,"
         said += f" But {named} has {row[drawn]:.3f} and needs no model."
+    if _in_windows(row):
+        said += f" Windows around the prompts are worth more: {compared(row['windows'])}."
     return said
 
 
@@ -124,7 +129,31 @@ def _use(rows: Sequence[Row], prompt: str, champions: Mapping[str, int]) -> str:
         said.append(f"For {_and(drawn)} use no model at all: draw in the box what is named above.")
     if plain := by.get("model"):
         said.append(f"For {_and(plain)} use the model as it is.")
+    for row in rows:
+        if _in_windows(row):
+            said.append(f"For {row['domain']} a study with `--crop {row['windows']['crop']:g}` is likely to find more.")
     return " ".join(said)
+
+
+def worth(windows: Row) -> bool:
+    """Whether what Direct gains in windows is worth a study with them."""
+    return bool(windows["windows"] - windows["whole"] >= WORTH)
+
+
+def compared(windows: Row) -> str:
+    """What Direct has in windows, and without, in words."""
+    crop, whole = f"`--crop {windows['crop']:g}`", windows["whole"]
+    return (
+        f"on {windows['images']} images of val Direct has {windows['windows']:.3f} with {crop} and {whole:.3f} without"
+    )
+
+
+def _in_windows(row: Row) -> bool:
+    """Whether windows are worth a study, and Direct gains more by them than the search has found, on val."""
+    windows = row.get("windows")  # a study of before has none
+    if not windows or not worth(windows):
+        return False
+    return bool(windows["windows"] - windows["whole"] > row["val"]["best"] - row["val"]["direct"])
 
 
 def _and(names: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from mlflow.entities import Run as Stored
 
 from tuning import judge
 from tuning.budget import Budget
+from tuning.opening import Row, compared, worth
 from tuning.places import Places
 from tuning.plan import WORDS, Plan
 from tuning.progress import Board
@@ -82,14 +83,27 @@ class Target:
         ellipse = getattr(self.found.get("ellipse_val"), score, None)
         drawn = f"ellipse in the box {ellipse:.3f}, " if ellipse is not None else ""
         self._c.board.say(f"{WORDS[score]} on val: {drawn}Direct {getattr(self.direct, score):.3f}", self.name)
+        if (tried := self.windows()) and worth(tried):
+            self._c.board.say(f"windows around the prompts may be worth a study: {compared(tried)}", self.name)
         return not known
+
+    def windows(self) -> Row | None:
+        """What Direct has on a part of val, seen whole and in windows; None of a study with windows."""
+        base, objective = self._c.plan.base, self._c.plan.objective
+        if "windows_val" not in self.found:
+            return None
+        whole, windows = self.found["whole_val"], self.found["windows_val"]
+        return {
+            "crop": judge.WINDOWS[base.scored_with], "images": whole.images,
+            "whole": whole.value(objective), "windows": windows.value(objective),
+        }  # fmt: skip
 
     def _known(self) -> dict[str, Scores]:
         """The scores of an earlier run of this study: test is read once."""
         metrics = self.before.data.metrics if self.before else {}
         if "direct_test_images" not in metrics:
             return {}
-        names = (*judge.DRAWN, "direct")
+        names = (*judge.DRAWN, "direct", "whole", "windows")
         keys = [f"{k}_{s}" for k in names for s in ("val", "test") if f"{k}_{s}_images" in metrics]
         return {
             k: Scores(

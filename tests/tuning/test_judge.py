@@ -11,7 +11,8 @@ from PIL import Image
 
 from tuning import judge
 from tuning.judge import PerImage, Task, changed_most
-from wesam import Config
+from tuning.trainer import source_model
+from wesam import Config, evaluate, load_domain
 
 
 def images(*scores: float, name: str = "miou") -> PerImage:
@@ -41,6 +42,17 @@ def test_references_are_scored_with_so_many_instances_of_an_image(small: Path) -
     for split in ("val", "test"):
         found, _ = judge._references(Task("nano", str(small), base), split)  # type: ignore[arg-type]
         assert {s.instances for s in found.values()} == {found[f"direct_{split}"].images}
+
+
+def test_direct_is_tried_in_windows_where_a_study_has_none(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judge, "TRIED_IMAGES", 1)
+    val = load_domain(str(small)).split("val")
+    found, _ = judge._references(Task("nano", str(small), Config()), "val")
+    assert found["whole_val"] == evaluate(source_model("nano"), val[:1], "box", label_free=True)
+    assert found["windows_val"] == evaluate(source_model("nano"), val[:1], "box", crop=2, label_free=True)
+    assert found["windows_val"] != found["whole_val"]
+    assert "whole_val" not in judge._references(Task("nano", str(small), Config(crop=3)), "val")[0]
+    assert "whole_test" not in judge._references(Task("nano", str(small), Config()), "test")[0]
 
 
 def test_without_an_adapter_the_first_images_are_shown_as_they_are(small: Path) -> None:
