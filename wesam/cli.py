@@ -101,7 +101,7 @@ def _check(args: argparse.Namespace) -> int:
         if medians and min(medians) < SMALL:
             print(
                 "many instances are small: a SAM may see them better in windows around the prompts; compare "
-                f"wesam evaluate --domain {args.domain} --split val with and without --crop 2"
+                f"wesam evaluate --domain {args.domain} --split val --instances 4 with and without --crop 2"
             )
     verdict = "unusable" if fatal else "usable"
     print(f"{args.domain} is {verdict}: {len(fatal)} errors, {len(left_out)} annotations left out")
@@ -146,8 +146,10 @@ def _given(args: argparse.Namespace, split: Split) -> Callable[[int], Prompts]:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    if args.instances < 0:
+        raise InputError(f"--instances must be at least 1, or 0 for all, got {args.instances}")
     domain = given_domain(args)
-    split = domain.split(args.split)
+    split = domain.scored(args.split, args.instances)
     if not args.label_free:
         _ = split[0].masks  # without them there is no mIoU
     if args.baseline:

@@ -117,6 +117,10 @@ def make_parser(run: Mapping[str, Command]) -> Parser:
     p.add_argument(
         "--baseline", choices=("box", "ellipse"), help="score this drawing of the given box instead of a model"
     )
+    p.add_argument(
+        "--instances", type=int, default=0, metavar="N",
+        help="score at most N instances of each image (default: all)",
+    )  # fmt: skip
     p.add_argument("--label-free", action="store_true", help="give the score that needs no masks, too")
     result(p)
 

@@ -52,6 +52,9 @@ def test_adapt_evaluate_and_predict_in_a_row(coco_folder: Path, tmp_path: Path) 
     ]
     assert row["miou"] == pytest.approx(json.loads((adapter / "adaptation.json").read_text())["best"])
     assert (row["images"], row["instances"]) == (2, 4)
+    assert main([*common, "--split", "val", "--instances", "1"]) == 0
+    assert json.loads(result.read_text())["instances"] == 2
+    assert main([*common, "--instances", "-1"]) == 2
 
     image, mask, picture = coco_folder / "images" / "test-0.png", tmp_path / "mask.png", tmp_path / "o.png"
     for given in (["--box", "15,15,45,45"], ["--point", "30,30", "70,50,0"]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -151,7 +151,7 @@ class Domain:
         """The images of ``train``, ``val`` or ``test``."""
         return self.splits[name]
 
-    def scored(self, name: Literal["val", "test"], most: int) -> Split:
+    def scored(self, name: str, most: int) -> Split:
         """The images of a split with at most so many instances of each, as :meth:`Sample.only` has it; 0 keeps all."""
         whole = self.split(name)
         return Split(len(whole), lambda i: whole[i].only(most)) if most else whole
