@@ -173,7 +173,11 @@ def _labels(tags: Mapping[str, str]) -> str:
     kind = tags.get("prompt", "")
     if kind == "grid":
         return "no labels at all"
-    return {"box": "boxes", "coarse": "rough polygons", "coarse-box": "rough boxes"}.get(kind, "clicks")
+    named = {
+        "box": "boxes", "tight-box": "boxes, to which masks are cut", "coarse": "rough polygons",
+        "coarse-box": "rough boxes",
+    }  # fmt: skip
+    return named.get(kind, "clicks")
 
 
 def _shown(crop: str) -> str:
@@ -199,7 +203,8 @@ def _gap(scores: Mapping[str, float]) -> str:
 
 
 def _command(domain: str, model: str, prompt: str) -> str:
-    given = "--box X0,Y0,X1,Y1" if "box" in prompt or prompt == "grid" else "--point X,Y"
+    box = "--tight-box" if prompt == "tight-box" else "--box"
+    given = f"{box} X0,Y0,X1,Y1" if "box" in prompt or prompt == "grid" else "--point X,Y"
     own = "" if "/" not in model and "." not in model else f" --model {model}"
     return f"wesam predict IMAGE {given} --adapter {domain}{own} --out mask.png --overlay seen.png"
 
@@ -207,7 +212,8 @@ def _command(domain: str, model: str, prompt: str) -> str:
 def _prompts(prompt: str) -> str:
     if prompt.startswith("point"):
         return "wesam.Prompts(points=points, point_labels=labels)"
-    return "wesam.Prompts(polygons=polygons)" if prompt == "coarse" else "wesam.Prompts(boxes=boxes)"
+    tight = ", tight=True" if prompt == "tight-box" else ""
+    return "wesam.Prompts(polygons=polygons)" if prompt == "coarse" else f"wesam.Prompts(boxes=boxes{tight})"
 
 
 def _transformers(domain: str, model: str) -> str:

@@ -115,7 +115,7 @@ def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
             "best": val(repeated) if chosen else direct,
             "supervised": val(verdict.supervised),
         },
-        "windows": target.windows(),
+        "tried": target.tried(),
         "trials": len(verdict.searched), "pruned": sum(t.pruned for t in verdict.searched),
         "finalists": _finalists(verdict),
         "best_trial": best.number if chosen and best else None, "best_run": chosen.run_id if chosen else None,

@@ -31,11 +31,10 @@ DRAWN: dict[str, Literal["box", "ellipse"]] = {"box_filled": "box", "ellipse": "
 SHOWN = 2
 """Test images in a domain's picture on which the adapter gains most, and as many on which it gains least."""
 
-WINDOWS: dict[PromptKind, float] = {"box": 2.0, "coarse": 2.0, "point": 4.0}
-"""The crop that Direct is tried with, to tell whether windows around the prompts are worth a study of their own."""
-
 TRIED_IMAGES, TRIED_INSTANCES = 16, 4
-"""On so many images of val at most, and so many instances of each: in a window each costs a pass of the encoder."""
+"""Other ways to ask are tried on so many images of val at most, and so many instances of each: in a window each
+instance costs a pass of the encoder.
+"""
 
 PerImage = list[dict[str, Tensor]]
 """Scores as :func:`wesam.evaluate.measure` has them."""
@@ -51,13 +50,24 @@ class Task:
     """What all its trials share: kind of prompt, crop."""
 
 
+def ways(base: Config) -> dict[str, tuple[str, PromptKind, float]]:
+    """Other ways to ask the model than a study's, which cost no training: name -> option, kind of prompt, crop."""
+    prompt, crop = base.prompt, base.crop
+    found: dict[str, tuple[str, PromptKind, float]] = {}
+    if not crop and prompt != "grid":
+        shown = 4.0 if prompt.startswith("point") else 2.0  # clicks lie within the object, and span less than it
+        found["windows"] = f"--crop {shown:g}", prompt, shown
+    if prompt == "box":
+        found["tight"] = "--prompt tight-box", "tight-box", crop
+    return found
+
+
 def references(task: Task) -> tuple[dict[str, Scores], int]:
     """What is known of a domain before any search.
 
     Returns the scores of Direct and, where there are masks, of :data:`DRAWN`, on val and test: ``direct_val``,
-    ``ellipse_test``, ...; of a study without windows also Direct's on a part of val, seen whole and in
-    :data:`WINDOWS`: ``whole_val`` and ``windows_val``; and how many training instances are too small for the model to
-    see.
+    ``ellipse_test``, ..., and of Direct on a part of val, as it is asked and in the other :func:`ways`: ``asked_val``,
+    ``windows_val``, ``tight_val``; and how many training instances are too small for the model to see.
     """
     (on_val, vanished), (on_test, _) = ray.get([_begin(_references, task, split) for split in ("val", "test")])
     return {**on_val, **on_test}, vanished
@@ -93,11 +103,10 @@ def _references(task: Task, split: Literal["val", "test"]) -> tuple[dict[str, Sc
             found[f"{name}_{split}"] = baseline(kind, images)
     prompt, crop = task.base.scored_with, task.base.crop
     found[f"direct_{split}"] = evaluate(sam, images, prompt, crop=crop, label_free=split == "val")
-    if split == "val" and not crop:
-        some = range(0, len(images), -(-len(images) // TRIED_IMAGES))
-        few = [images[i].only(TRIED_INSTANCES) for i in some]
-        found["whole_val"] = evaluate(sam, few, prompt, label_free=True)
-        found["windows_val"] = evaluate(sam, few, prompt, crop=WINDOWS[prompt], label_free=True)
+    if split == "val" and (others := ways(task.base)):
+        few = [images[i].only(TRIED_INSTANCES) for i in range(0, len(images), -(-len(images) // TRIED_IMAGES))]
+        for name, (_, given, shown) in {"asked": ("", prompt, crop), **others}.items():
+            found[f"{name}_val"] = evaluate(sam, few, given, crop=shown, label_free=True)
     return found, domain.vanished(task.base, sam.image_encoder.img_size) if split == "val" else 0
 
 

@@ -30,6 +30,7 @@ class Given(BaseModel):
 
     image: str = Field(description="a PNG, JPEG or other image file, in base64")
     boxes: list[list[float]] | None = Field(None, description="an object each: x0, y0, x1, y1")
+    tight: bool | None = Field(None, description="whether each box holds all of its object: masks are then cut to it")
     points: list[list[list[float]]] | None = Field(None, description="clicks of an object each: x, y")
     labels: list[list[int]] | None = Field(None, description="of the clicks: 1 on the object (default), 0 beside it")
     polygons: list[list[list[float]]] | None = Field(None, description="rough outlines, of an object each: x, y")
@@ -85,6 +86,8 @@ def read_prompts(given: Given, name: str) -> list[tuple[list[int], Prompts]]:
         raise InputError(f"{name} needs boxes, points or polygons, and of these only one")
     if given.labels is not None and given.points is None:
         raise InputError(f"{name}: labels are those of points")
+    if given.tight and given.boxes is None:
+        raise InputError(f"{name}: tight is said of boxes")
     if given.polygons is not None:
         for polygon in given.polygons:
             if len(polygon) < 3 or not _places(polygon):
@@ -95,7 +98,7 @@ def read_prompts(given: Given, name: str) -> list[tuple[list[int], Prompts]]:
         for box in given.boxes:
             if len(box) != 4 or not np.isfinite(box).all() or box[2] <= box[0] or box[3] <= box[1]:
                 raise InputError(f"{name}: expected a box x0, y0, x1, y1 with x1 above x0 and y1 above y0, got {box}")
-        boxes = Prompts(boxes=torch.tensor(given.boxes, dtype=torch.float32))
+        boxes = Prompts(boxes=torch.tensor(given.boxes, dtype=torch.float32), tight=bool(given.tight))
         return [(list(range(len(boxes))), boxes)] if len(boxes) else []
     points = given.points or []
     labels = given.labels or [[1] * len(p) for p in points]

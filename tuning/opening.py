@@ -17,7 +17,7 @@ drawn in the box; the model as it is.
 """
 
 WORTH = 0.01
-"""What Direct has to gain in windows around the prompts: they cost many passes of the encoder for an image."""
+"""What Direct has to gain by another way of asking for that to be worth a study."""
 
 _DRAWN = {"box_filled": "the box filled", "ellipse": "an ellipse drawn in the box"}
 
@@ -83,8 +83,8 @@ def _found(row: Row, prompt: str) -> str:
     if drawn and row[drawn] >= max(best, direct):
         named = _DRAWN[drawn] if prompt in BOXES else f"{_DRAWN[drawn]}, where one is given,"
         said += f" But {named} has {row[drawn]:.3f} and needs no model."
-    if _in_windows(row):
-        said += f" Windows around the prompts are worth more: {compared(row['windows'])}."
+    if better := _more_than_found(row):
+        said += f" Without any training {compared(row['tried'], better)}."
     return said
 
 
@@ -130,30 +130,30 @@ def _use(rows: Sequence[Row], prompt: str, champions: Mapping[str, int]) -> str:
     if plain := by.get("model"):
         said.append(f"For {_and(plain)} use the model as it is.")
     for row in rows:
-        if _in_windows(row):
-            said.append(f"For {row['domain']} a study with `--crop {row['windows']['crop']:g}` is likely to find more.")
+        if better := _more_than_found(row):
+            options = " or ".join(f"`{o}`" for o in better)
+            said.append(f"For {row['domain']} a study with {options} is likely to find more.")
     return " ".join(said)
 
 
-def worth(windows: Row) -> bool:
-    """Whether what Direct gains in windows is worth a study with them."""
-    return bool(windows["windows"] - windows["whole"] >= WORTH)
+def worth(tried: Row, least: float = WORTH) -> list[str]:
+    """The options by which Direct gains at least so much, the best first."""
+    others = tried["others"]
+    return sorted((o for o in others if others[o] - tried["asked"] >= least), key=lambda o: -others[o])
 
 
-def compared(windows: Row) -> str:
-    """What Direct has in windows, and without, in words."""
-    crop, whole = f"`--crop {windows['crop']:g}`", windows["whole"]
+def compared(tried: Row, options: Sequence[str]) -> str:
+    """What Direct has with these options, and as it is asked, in words."""
+    scores = _and([f"{tried['others'][o]:.3f} with `{o}`" for o in options])
     return (
-        f"on {windows['images']} images of val Direct has {windows['windows']:.3f} with {crop} and {whole:.3f} without"
+        f"Direct has {scores} on {tried['images']} images of val, where it has {tried['asked']:.3f} as it is asked here"
     )
 
 
-def _in_windows(row: Row) -> bool:
-    """Whether windows are worth a study, and Direct gains more by them than the search has found, on val."""
-    windows = row.get("windows")  # a study of before has none
-    if not windows or not worth(windows):
-        return False
-    return bool(windows["windows"] - windows["whole"] > row["val"]["best"] - row["val"]["direct"])
+def _more_than_found(row: Row) -> list[str]:
+    """The options by which Direct gains more on val than the search has found."""
+    tried = row.get("tried")  # a study of before has none
+    return worth(tried, max(WORTH, row["val"]["best"] - row["val"]["direct"])) if tried else []
 
 
 def _and(names: Sequence[str]) -> str:

@@ -83,19 +83,19 @@ class Target:
         ellipse = getattr(self.found.get("ellipse_val"), score, None)
         drawn = f"ellipse in the box {ellipse:.3f}, " if ellipse is not None else ""
         self._c.board.say(f"{WORDS[score]} on val: {drawn}Direct {getattr(self.direct, score):.3f}", self.name)
-        if (tried := self.windows()) and worth(tried):
-            self._c.board.say(f"windows around the prompts may be worth a study: {compared(tried)}", self.name)
+        if (tried := self.tried()) and (better := worth(tried)):
+            self._c.board.say(f"without any training {compared(tried, better)}", self.name)
         return not known
 
-    def windows(self) -> Row | None:
-        """What Direct has on a part of val, seen whole and in windows; None of a study with windows."""
-        base, objective = self._c.plan.base, self._c.plan.objective
-        if "windows_val" not in self.found:
+    def tried(self) -> Row | None:
+        """What Direct has on a part of val in other ways of asking, by option; None where there is no other."""
+        if "asked_val" not in self.found:
             return None
-        whole, windows = self.found["whole_val"], self.found["windows_val"]
+        objective, asked = self._c.plan.objective, self.found["asked_val"]
+        others = {option: self.found[f"{n}_val"] for n, (option, _, _) in judge.ways(self._c.plan.base).items()}
         return {
-            "crop": judge.WINDOWS[base.scored_with], "images": whole.images,
-            "whole": whole.value(objective), "windows": windows.value(objective),
+            "images": asked.images, "asked": asked.value(objective),
+            "others": {option: scores.value(objective) for option, scores in others.items()},
         }  # fmt: skip
 
     def _known(self) -> dict[str, Scores]:
@@ -103,7 +103,7 @@ class Target:
         metrics = self.before.data.metrics if self.before else {}
         if "direct_test_images" not in metrics:
             return {}
-        names = (*judge.DRAWN, "direct", "whole", "windows")
+        names = (*judge.DRAWN, "direct", "asked", *judge.ways(self._c.plan.base))
         keys = [f"{k}_{s}" for k in names for s in ("val", "test") if f"{k}_{s}_images" in metrics]
         return {
             k: Scores(

@@ -180,7 +180,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _predict(args: argparse.Namespace) -> None:
     model, _ = _model(args)
     image = torch.from_numpy(read_image(args.image).copy()).permute(2, 0, 1)
-    prompts = _box(args.box) if args.box else _points(args.point)
+    prompts = _points(args.point) if args.point else _box(args.box or args.tight_box, tight=bool(args.tight_box))
     masks, iou = predict(model, image, prompts, crop=args.crop)
     _save(Image.fromarray(masks[0].numpy().astype(np.uint8) * 255), args.out)
     if args.overlay:
@@ -219,11 +219,11 @@ def _model(args: argparse.Namespace) -> tuple[Sam | AdaptedSam, str]:
     return AdaptedSam.load(sam, folder) if folder else sam, name
 
 
-def _box(text: str) -> Prompts:
+def _box(text: str, *, tight: bool) -> Prompts:
     x0, y0, x1, y1 = _numbers(text, "a box x0,y0,x1,y1", (4,))
     if x1 <= x0 or y1 <= y0:
         raise InputError(f"the box {text} is empty: x1 must be above x0 and y1 above y0")
-    return Prompts(boxes=torch.tensor([[x0, y0, x1, y1]]))
+    return Prompts(boxes=torch.tensor([[x0, y0, x1, y1]]), tight=tight)
 
 
 def _points(texts: list[str]) -> Prompts:

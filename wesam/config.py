@@ -18,12 +18,13 @@ from typing import Any, Literal, Self
 from wesam.errors import InputError, unknown
 
 PromptKind = Literal[
-    "box", "point", "coarse", "coarse-box",
+    "box", "tight-box", "point", "coarse", "coarse-box",
     "point1", "point2", "point3", "point4", "point5", "point6", "point7", "point8", "point9", "point10", "grid",
 ]  # fmt: skip
-"""Kinds of weak labels: the tight box; 5 clicks inside and 5 outside (pointN: N and N); a polygon of few vertices as a
-mask, or its bounding box; no labels at all but the clicks of a grid that the source model is sure of."""
-BOXES: tuple[PromptKind, ...] = ("box", "coarse-box")
+"""Kinds of weak labels: the tight box; the same, said to hold the whole object, so that masks are cut to it; 5 clicks
+inside and 5 outside (pointN: N and N); a polygon of few vertices as a mask, or its bounding box; no labels at all but
+the clicks of a grid that the source model is sure of."""
+BOXES: tuple[PromptKind, ...] = ("box", "tight-box", "coarse-box")
 """The kinds that give the model a box."""
 Targets = Literal["qv", "qkv", "attention", "encoder", "encoder+decoder"]
 Train = Literal["lora", "norms", "prompts", "decoder", "encoder", "lora+norms", "lora+decoder"]

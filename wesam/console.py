@@ -20,8 +20,9 @@ DOMAIN_HELP = (
     " cells@70/10/20 cuts it into train, val and test, cells+fog:5 corrupts it"
 )
 PROMPT_HELP = (
-    "kind of weak label: box, point (5 clicks on the object, 5 beside it; point1 to point10: so many), coarse (a"
-    " polygon as a mask), coarse-box; to train without labels: grid (clicks that the model itself is sure of)"
+    "kind of weak label: box, tight-box (a box that holds the whole object: masks are cut to it), point (5 clicks on"
+    " the object, 5 beside it; point1 to point10: so many), coarse (a polygon as a mask), coarse-box; to train without"
+    " labels: grid (clicks that the model itself is sure of)"
 )
 
 

@@ -26,7 +26,7 @@ def drawable(kind: Drawing, prompt: PromptKind) -> bool:
 
 def draw(kind: Drawing, given: Prompts, size: tuple[int, int]) -> Tensor:
     """The drawing for each of the N labels, bool [N, H, W] for this (height, width); given: in pixels of that image."""
-    if kind == "polygon":
+    if kind in ("polygon", "box"):
         return given.filled(size)
     if kind == "voronoi":
         assert given.points is not None
@@ -34,14 +34,14 @@ def draw(kind: Drawing, given: Prompts, size: tuple[int, int]) -> Tensor:
         pairs = zip(given.points, given.point_labels, strict=True)
         return torch.stack([_voronoi(points, labels, size) for points, labels in pairs])
     assert given.boxes is not None
-    return torch.stack([_in_box(kind == "ellipse", box, size) for box in given.boxes])
+    return torch.stack([_ellipse(box, size) for box in given.boxes])
 
 
-def _in_box(ellipse: bool, box: Tensor, size: tuple[int, int]) -> Tensor:
+def _ellipse(box: Tensor, size: tuple[int, int]) -> Tensor:
     centre, radius = (box[:2] + box[2:]) / 2, ((box[2:] - box[:2]) / 2).clamp(min=0.5)
     y, x = (torch.arange(n) + 0.5 for n in size)
     x, y = ((x - centre[0]) / radius[0])[None, :], ((y - centre[1]) / radius[1])[:, None]
-    return x**2 + y**2 <= 1 if ellipse else (x.abs() <= 1) & (y.abs() <= 1)
+    return x**2 + y**2 <= 1
 
 
 def _voronoi(points: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:

@@ -186,7 +186,7 @@ def predict(
     image: uint8 [3, H, W], RGB. prompts: N of them, in pixels of this image. crop: show the model, for each prompt,
     only a square window around it, whose side is this many longer sides of what the prompt spans; 0 shows the whole
     image, None does as the model was adapted. Returns masks, bool [N, H, W], and the IoU that the model predicts for
-    each, float [N].
+    each, float [N]. The masks of boxes that are said to be tight are cut to them.
     """
     crop = crop_of(model, crop)
     where = windows(prompts, (image.shape[1], image.shape[2]), crop) if crop else None
@@ -201,8 +201,13 @@ def crop_of(model: Sam | HasSam, crop: float | None) -> float:
 def _predict(model: Sam | HasSam, image: Tensor, prompts: Prompts, where: Tensor | None) -> tuple[Tensor, Tensor]:
     """:func:`predict` with each prompt in the window of the same place, int [N, 4]; None shows the whole image."""
     sam = model if isinstance(model, Sam) else model.sam
-    if where is not None:
-        return _predict_windows(sam, image, prompts, where)
+    masks, iou = _predict_whole(sam, image, prompts) if where is None else _predict_windows(sam, image, prompts, where)
+    if prompts.tight:
+        masks &= prompts.filled((int(image.shape[1]), int(image.shape[2])))
+    return masks, iou
+
+
+def _predict_whole(sam: Sam, image: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
     side: int = sam.image_encoder.img_size
     small = resize(image, side)
     given = prompts.scaled(side / max(image.shape[1:]))

@@ -194,6 +194,7 @@ def make_parser(run: Mapping[str, Command]) -> Parser:
     model(p, adapted=True)
     given = p.add_mutually_exclusive_group(required=True)
     given.add_argument("--box", metavar="X0,Y0,X1,Y1", help="its bounding box, in pixels")
+    given.add_argument("--tight-box", metavar="X0,Y0,X1,Y1", help="a box that holds all of it: the mask is cut to it")
     given.add_argument(
         "--point", nargs="+", metavar="X,Y[,0|1]", help="clicks, in pixels; 1 on it (default), 0 beside it"
     )

@@ -47,10 +47,14 @@ class Prompts:
     """[N, P] int, 1 inside and 0 outside the instance; -1 is no click."""
     polygons: tuple[Tensor, ...] | None = None
     """N polygons, each [V, 2] float, (x, y)."""
+    tight: bool = False
+    """Whether a box holds the whole of its object: predicted masks are then cut to it."""
 
     def __post_init__(self) -> None:
         if sum(x is not None for x in (self.boxes, self.points, self.polygons)) != 1:
             raise ValueError("prompts are of exactly one kind: boxes, points or polygons")
+        if self.tight and self.boxes is None:
+            raise ValueError("only boxes are tight")
         if (self.points is None) != (self.point_labels is None):
             raise ValueError("points come with their labels")
 
@@ -61,7 +65,8 @@ class Prompts:
 
     def __getitem__(self, index: Tensor) -> Self:
         """The prompts at these places, an int tensor [M]."""
-        return type(self)(
+        return replace(
+            self,
             boxes=None if self.boxes is None else self.boxes[index],
             points=None if self.points is None else self.points[index],
             point_labels=None if self.point_labels is None else self.point_labels[index],
@@ -70,7 +75,8 @@ class Prompts:
 
     def scaled(self, factor: float) -> Self:
         """The same prompts in an image resized by this factor."""
-        return type(self)(
+        return replace(
+            self,
             boxes=None if self.boxes is None else self.boxes * factor,
             points=None if self.points is None else self.points * factor,
             point_labels=self.point_labels,
@@ -85,7 +91,8 @@ class Prompts:
         if self.boxes is not None:
             corners = self.boxes.reshape(-1, 2, 2) * sign + at
             boxes = torch.cat([corners.amin(1), corners.amax(1)], 1)
-        return type(self)(
+        return replace(
+            self,
             boxes=boxes,
             points=None if self.points is None else self.points * sign + at,
             point_labels=self.point_labels,
@@ -152,7 +159,8 @@ class Prompts:
         if self.points is not None and labels is not None:
             beside = ((self.points < window[:2]) | (self.points > window[2:])).any(-1)
             labels = labels.masked_fill(beside, NO_CLICK)
-        return type(self)(
+        return replace(
+            self,
             boxes=None if self.boxes is None else self.boxes - origin.repeat(2),
             points=None if self.points is None else self.points - origin,
             point_labels=labels,
@@ -178,7 +186,16 @@ class Prompts:
         return out
 
     def filled(self, size: tuple[int, int]) -> Tensor:
-        """The polygons filled, bool [N, H, W] for this (height, width): the pixels whose centres they hold."""
+        """The boxes or polygons filled, bool [N, H, W] for this (height, width): the pixels whose centres they hold, of
+        a box at least one.
+        """
+        if self.boxes is not None:
+            middle, half = (self.boxes[:, :2] + self.boxes[:, 2:]) / 2, (self.boxes[:, 2:] - self.boxes[:, :2]) / 2
+            y, x = (
+                (torch.arange(n) + 0.5 - middle[:, i : i + 1]).abs() <= half[:, i : i + 1].clamp(min=0.5)
+                for n, i in ((size[0], 1), (size[1], 0))
+            )
+            return y[:, :, None] & x[:, None, :]
         assert self.polygons is not None
         if not self.polygons:
             return torch.zeros(0, *size, dtype=torch.bool)
@@ -194,9 +211,10 @@ class Prompts:
             return None if getattr(parts[0], name) is None else torch.cat([getattr(p, name) for p in parts])
 
         polygons = None if parts[0].polygons is None else tuple(g for p in parts for g in p.polygons or ())
-        return cls(
-            boxes=joined("boxes"), points=joined("points"), point_labels=joined("point_labels"), polygons=polygons
-        )
+        return replace(
+            parts[0], boxes=joined("boxes"), points=joined("points"), point_labels=joined("point_labels"),
+            polygons=polygons,
+        )  # fmt: skip
 
 
 def changed_labels(*kinds: str) -> str:
@@ -210,8 +228,8 @@ def weak_labels(masks: Tensor, kind: PromptKind, key: str) -> Prompts:
     masks: bool [N, H, W], each with at least one pixel. key: names the image; the same key and mask give the same label
     in every epoch, process and run, whatever other instances there are. Returns prompts in the frame of the masks.
     """
-    if kind == "box":
-        return Prompts(boxes=tight_boxes(masks))
+    if kind in ("box", "tight-box"):
+        return Prompts(boxes=tight_boxes(masks), tight=kind == "tight-box")
     if kind in ("coarse", "coarse-box"):
         polygons = Prompts(polygons=tuple(_polygon(m.numpy()) for m in masks))
         return polygons if kind == "coarse" else Prompts(boxes=polygons.extents())

@@ -57,6 +57,12 @@ def test_a_card_says_how_one_of_several_good_trials_was_chosen_and_what_was_scor
     assert "instances are scored" not in card(about(tags={**TAGS, "finalists": "0", "test_instances": "0"}))
 
 
+def test_a_card_for_tight_boxes_says_that_masks_are_cut_to_them() -> None:
+    told = card(about(tags={**TAGS, "prompt": "tight-box"}))
+    for said in ("boxes, to which masks are cut", "--tight-box X0,Y0,X1,Y1", "wesam.Prompts(boxes=boxes, tight=True)"):
+        assert said in told
+
+
 def test_what_is_not_known_is_not_said() -> None:
     tags = {"test_label_free": "0.5", "score": "label_free", "prompt": "point", "model": "vit_t"}
     unknown = about(tags=tags, scores={"test_label_free": 0.5}, config={}, trials=0, step=None)

@@ -44,15 +44,20 @@ def test_references_are_scored_with_so_many_instances_of_an_image(small: Path) -
         assert {s.instances for s in found.values()} == {found[f"direct_{split}"].images}
 
 
-def test_direct_is_tried_in_windows_where_a_study_has_none(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_direct_is_tried_in_other_ways_of_asking(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge, "TRIED_IMAGES", 1)
-    val = load_domain(str(small)).split("val")
+    few = load_domain(str(small)).split("val")[:1]
     found, _ = judge._references(Task("nano", str(small), Config()), "val")
-    assert found["whole_val"] == evaluate(source_model("nano"), val[:1], "box", label_free=True)
-    assert found["windows_val"] == evaluate(source_model("nano"), val[:1], "box", crop=2, label_free=True)
-    assert found["windows_val"] != found["whole_val"]
-    assert "whole_val" not in judge._references(Task("nano", str(small), Config(crop=3)), "val")[0]
-    assert "whole_test" not in judge._references(Task("nano", str(small), Config()), "test")[0]
+    for name, kind, crop in (("asked", "box", 0), ("windows", "box", 2), ("tight", "tight-box", 0)):
+        assert found[f"{name}_val"] == evaluate(source_model("nano"), few, kind, crop=crop, label_free=True)  # type: ignore[arg-type]
+    assert len({found[f"{n}_val"].miou for n in ("asked", "windows", "tight")}) == 3
+    assert "asked_test" not in judge._references(Task("nano", str(small), Config()), "test")[0]
+
+
+def test_ways_to_ask_are_those_that_a_study_has_not_taken() -> None:
+    assert {n: w[0] for n, w in judge.ways(Config(crop=3)).items()} == {"tight": "--prompt tight-box"}
+    assert {n: w[0] for n, w in judge.ways(Config(prompt="point3")).items()} == {"windows": "--crop 4"}
+    assert judge.ways(Config(prompt="tight-box", crop=2)) == judge.ways(Config(prompt="grid")) == {}
 
 
 def test_without_an_adapter_the_first_images_are_shown_as_they_are(small: Path) -> None:

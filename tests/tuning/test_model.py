@@ -69,6 +69,8 @@ def test_it_answers_as_wesam_does(folder: Path, packaged: Path) -> None:
         "boxes": (boxes, Prompts(boxes=torch.tensor(BOXES))),
         "polygons": (outlines, Prompts(polygons=(torch.tensor([[5.0, 5.0], [30.0, 8.0], [20.0, 30.0]]),))),
     }
+    (cut,) = served.predict([sent(boxes=BOXES, tight=True)])
+    asked["tight"] = cut, Prompts(boxes=torch.tensor(BOXES), tight=True)
     for answers, prompts in asked.values():
         masks, iou = wanted(own, prompts)
         assert np.array_equal(unpacked([a.model_dump() for a in answers]), masks)
@@ -117,6 +119,7 @@ def test_wrong_input_is_told_in_a_line(packaged: Path) -> None:
         "image 1 needs boxes, points or polygons": sent(),
         "and of these only one": sent(boxes=BOXES, points=POINTS),
         "labels are those of points": sent(boxes=BOXES, labels=LABELS),
+        "tight is said of boxes": sent(points=POINTS, labels=LABELS, tight=True),
         "expected a box x0, y0, x1, y1": sent(boxes=[[5, 5, 5, 9]]),
         "must have a number for every click": sent(points=POINTS, labels=[[1]]),
         "at least one with 1": sent(points=[[[1, 2]]], labels=[[0]]),

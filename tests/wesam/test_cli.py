@@ -57,13 +57,15 @@ def test_adapt_evaluate_and_predict_in_a_row(coco_folder: Path, tmp_path: Path) 
     assert main([*common, "--instances", "-1"]) == 2
 
     image, mask, picture = coco_folder / "images" / "test-0.png", tmp_path / "mask.png", tmp_path / "o.png"
-    for given in (["--box", "15,15,45,45"], ["--point", "30,30", "70,50,0"]):
+    for given in (["--box", "15,15,45,45"], ["--tight-box", "15,15,45,45"], ["--point", "30,30", "70,50,0"]):
         predict = ["predict", str(image), "--adapter", str(adapter), "--out", str(mask)]
         assert main([*predict, *given, "--overlay", str(picture)]) == 0
         pixels = np.asarray(Image.open(mask))
         assert pixels.shape == (60, 90)
         assert set(np.unique(pixels)) <= {0, 255}
         assert Image.open(picture).size == (90, 60)
+        if given[0] == "--tight-box":
+            assert pixels[15:45, 15:45].sum() == pixels.sum() > 0
 
 
 def test_an_adaptation_can_be_repeated_from_its_record(coco_folder: Path, tmp_path: Path) -> None:

@@ -28,11 +28,11 @@ def test_what_is_drawn_from_a_box_fills_it_or_its_ellipse() -> None:
 
 
 def test_every_drawing_is_from_its_own_kind_of_label_alone() -> None:
-    kinds = ("box", "coarse-box", "point", "point1", "coarse", "grid")
-    can = {d: [k for k in kinds if drawable(d, k)] for d in ("box", "ellipse", "voronoi", "polygon")}  # type: ignore[arg-type]
+    kinds = ("box", "tight-box", "coarse-box", "point", "point1", "coarse", "grid")
+    can = {d: tuple(k for k in kinds if drawable(d, k)) for d in ("box", "ellipse", "voronoi", "polygon")}  # type: ignore[arg-type]
     assert can == {
-        "box": ["box", "coarse-box"], "ellipse": ["box", "coarse-box"], "voronoi": ["point", "point1"],
-        "polygon": ["coarse"],
+        "box": kinds[:3], "ellipse": kinds[:3], "voronoi": ("point", "point1"),
+        "polygon": ("coarse",),
     }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from wesam.data import Sample, load_domain
 from wesam.errors import InputError
 from wesam.evaluate import Scores, baseline, evaluate, label_free, overlap, predict
 from wesam.prompts import Prompts, weak_labels
+from wesam.sam import load_sam
 
 
 def test_overlap_by_hand() -> None:
@@ -31,6 +32,24 @@ def test_scores_average_per_image_first() -> None:
     assert scores == Scores(2, 4, 0.5, 0.5, 0.5)
     assert (scores.objective, scores.chosen_by) == (0.5, "miou")
     assert Scores.of([{"label_free": many}, {"label_free": one, "miou": one}]).miou is None, "of every image or of none"
+
+
+@pytest.mark.parametrize("crop", [0, 2])
+def test_masks_are_cut_to_boxes_that_are_said_to_be_tight(crop: float) -> None:
+    sample = load_domain("clean").split("val")[0]
+    masks, iou = predict(load_sam("nano"), sample.image, sample.weak_labels("box"), crop=crop)
+    tight = sample.weak_labels("tight-box")
+    cut, same = predict(load_sam("nano"), sample.image, tight, crop=crop)
+    assert torch.equal(cut, masks & tight.filled((192, 192)))
+    assert cut.sum() < masks.sum()
+    assert torch.equal(iou, same)
+
+
+def test_given_boxes_may_be_said_to_be_tight() -> None:
+    boxes = Prompts(boxes=torch.tensor([[2.0, 2, 6, 4]]))
+    sample = Sample("x", torch.zeros(3, 9, 9, dtype=torch.uint8), {"box": boxes})
+    assert sample.weak_labels("tight-box").tight
+    assert not sample.weak_labels("box").tight
 
 
 def test_the_label_free_score_by_hand() -> None:

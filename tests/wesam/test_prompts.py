@@ -13,7 +13,7 @@ from wesam.evaluate import overlap
 from wesam.prompts import POINTS, VERTICES, Prompts, tight_boxes, weak_labels
 from wesam.views import flip
 
-KINDS: tuple[PromptKind, ...] = ("box", "point", "coarse", "coarse-box", "point1", "point10")
+KINDS: tuple[PromptKind, ...] = ("box", "tight-box", "point", "coarse", "coarse-box", "point1", "point10")
 
 
 def tensors(p: Prompts) -> list[torch.Tensor]:
@@ -98,7 +98,8 @@ def test_flipped_labels_are_labels_of_the_flipped_image(kind: PromptKind, flips:
     size = (sample.masks.shape[1], sample.masks.shape[2])
     prompts = weak_labels(sample.masks, kind, sample.key)
     there = prompts.flipped(*flips, size)
-    if kind == "box":
+    assert there.tight == (kind == "tight-box")
+    if kind in ("box", "tight-box"):
         assert there.boxes is not None
         assert torch.equal(there.boxes, tight_boxes(flip(sample.masks, *flips)))
     elif kind == "coarse-box":
@@ -133,6 +134,25 @@ def test_a_label_depends_on_no_other_instance(kind: PromptKind) -> None:
     assert kind.startswith("point") != all(
         torch.equal(a, b) for a, b in zip(tensors(whole), tensors(other), strict=True)
     )
+
+
+def test_tight_boxes_stay_tight_in_whatever_is_made_of_them() -> None:
+    boxes = Prompts(boxes=torch.tensor([[10.0, 20, 30, 60], [1, 2, 3, 4]]), tight=True)
+    made = (
+        boxes.scaled(2), boxes.flipped(True, False, (90, 90)), boxes[torch.tensor([1])], boxes.longer(1.1),
+        boxes.noisy(0.1, torch.Generator()), boxes.seen_in(torch.tensor([0, 0, 50, 70])),
+        Prompts.concatenate([boxes, boxes]),
+    )  # fmt: skip
+    assert all(p.tight for p in made)
+    with pytest.raises(ValueError, match="only boxes are tight"):
+        Prompts(polygons=(torch.zeros(3, 2),), tight=True)
+
+
+def test_a_filled_box_holds_the_pixels_whose_centres_it_holds_and_at_least_one() -> None:
+    boxes = Prompts(boxes=torch.tensor([[1.0, 2, 4, 4], [1.4, 0.6, 3.4, 2.4], [2.2, 3.1, 2.4, 3.3], [-5, -5, 1, 1]]))
+    found = [[(int(x), int(y)) for y, x in mask.nonzero()] for mask in boxes.filled((6, 5))]
+    assert found[0] == [(1, 2), (2, 2), (3, 2), (1, 3), (2, 3), (3, 3)]
+    assert found[1:] == [[(1, 1), (2, 1)], [(2, 3)], [(0, 0)]]
 
 
 def test_prompts_of_two_kinds_are_refused() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import overload
 
 import torch
@@ -61,6 +61,8 @@ class Sample:
             )
         if isinstance(self.labels, Tensor):
             return weak_labels(self.labels, kind, self.key)
+        if kind == "tight-box" and "box" in self.labels:
+            return replace(self.labels["box"], tight=True)
         if kind not in self.labels:
             known = "only weak labels" if self.labels else "no labels at all"
             raise InputError(f"{self.key} has no masks, {known}: --prompt {' or '.join(self.labels or ['grid'])}")
