@@ -94,8 +94,9 @@ def _parser() -> Parser:
         help="other seeds with which the winner, and Supervised, are trained again at the end (default: 3)",
     )  # fmt: skip
     p.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="fix a hyperparameter, as in lora.rank=8"
-    )
+        "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
+        help="fix a hyperparameter, as in lora.rank=8",
+    )  # fmt: skip
     p.add_argument("--storage", metavar="URL", help="folder or URL for checkpoints, reached by all workers")
     p.add_argument("--optuna", metavar="URL", help="database with the Optuna studies (default: a file in runs/NAME)")
     p.add_argument(

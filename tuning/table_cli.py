@@ -51,7 +51,7 @@ def add_options(p: argparse.ArgumentParser) -> None:
         "--crop", type=float, metavar="K", help="show the model a square around each prompt, K times as long"
     )
     p.add_argument(
-        "--set", action="extend", nargs="+", default=[], metavar="FIELD=VALUE",
+        "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
         help="fix a hyperparameter of all rows, as in lora.rank=8",
     )  # fmt: skip
     p.add_argument("--cpus-per-cell", type=int, default=1, metavar="N", help="threads of a training (default: 1)")

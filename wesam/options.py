@@ -77,13 +77,13 @@ def make_parser(run: Mapping[str, Command]) -> Parser:
         p.add_argument("--seeds", type=int, default=3, help="seeds 0, 1, ... (default: 3)")
         most(p)
         text = f"a hyperparameter of every {what}"
-        p.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help=text)
+        p.add_argument("--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help=text)
 
     def size(p: argparse.ArgumentParser) -> None:
         p.add_argument("--instances", type=int, default=8, help="boxes an image (default: 8)")
         p.add_argument("--batch", type=int, default=1, help="images (default: 1)")
         p.add_argument(
-            "--set", action="append", default=[], metavar="FIELD=VALUE",
+            "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
             help="a hyperparameter, as in teacher.decay=0.99; the others are the paper's",
         )  # fmt: skip
 
@@ -146,8 +146,9 @@ def make_parser(run: Mapping[str, Command]) -> Parser:
     p.add_argument("--seed", type=int, help="(default: 0, or that of --config)")
     p.set_defaults(prompt=None)
     p.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="a hyperparameter, as in lora.rank=8"
-    )
+        "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
+        help="a hyperparameter, as in lora.rank=8",
+    )  # fmt: skip
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the adapter")
     result(p)
 

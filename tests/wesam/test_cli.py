@@ -27,7 +27,7 @@ def test_listings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 def test_adapt_evaluate_and_predict_in_a_row(coco_folder: Path, tmp_path: Path) -> None:
     adapter, result = tmp_path / "adapter", tmp_path / "r.json"
-    few = ["--steps", "2", "--set", "eval_every=1", "--set", "optim.batch_size=2"]
+    few = ["--steps", "2", "--set", "eval_every=1", "optim.batch_size=2"]
     assert main(["adapt", "--domain", str(coco_folder), "--out", str(adapter), "--json", str(result), *few]) == 0
     row = json.loads(result.read_text())
     assert row["domain"] == "shapes"

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for all that the run leaves")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE",
+        "--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
         help="; ".join(f"{k} ({v})" for k, v in _flat(Options()).items()),
     )  # fmt: skip
     parser.add_argument(
