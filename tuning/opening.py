@@ -132,7 +132,7 @@ def _use(rows: Sequence[Row], prompt: str, champions: Mapping[str, int]) -> str:
     for row in rows:
         if better := _more_than_found(row):
             options = " or ".join(f"`{o}`" for o in better)
-            said.append(f"For {row['domain']} a study with {options} is likely to find more.")
+            said.append(f"But for {row['domain']} a study with {options} is likely to find more.")
     return " ".join(said)
 
 

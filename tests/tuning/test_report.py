@@ -153,7 +153,7 @@ def test_other_ways_to_ask_are_advised_where_direct_gains_more_by_them_than_the_
         "Without any training Direct has 0.700 with `--prompt tight-box` and 0.660 with `--crop 2` on 16 images of "
         "val, where it has 0.600 as it is asked here."
     )
-    assert told.use.endswith("For nuclei a study with `--prompt tight-box` or `--crop 2` is likely to find more.")
+    assert told.use.endswith("But for nuclei a study with `--prompt tight-box` or `--crop 2` is likely to find more.")
     for much in (None, {**tried, "others": {}}, {**tried, "others": {"--crop 2": 0.64}}):
         assert begun(row(tried=much, val=val), nuclei=2) == begun(row(val=val), nuclei=2)
     little = row(tried={**tried, "others": {"--crop 2": 0.605}}, val={**val, "best": 0.6})
