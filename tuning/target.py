@@ -92,14 +92,10 @@ class Target:
         if "asked_val" not in self.found:
             return None
         objective, asked = self._c.plan.objective, self.found["asked_val"]
-        others = {n: option for n, (option, _, _) in judge.ways(self._c.plan.base).items()}
-        if (
-            asked.name(objective) == "label_free"
-        ):  # it asks how well masks fit their boxes: those that are cut to them do
-            others.pop("tight", None)
+        others = {option: self.found[f"{n}_val"] for n, (option, _, _) in judge.ways(self._c.plan.base).items()}
         return {
             "images": asked.images, "asked": asked.value(objective),
-            "others": {option: self.found[f"{n}_val"].value(objective) for n, option in others.items()},
+            "others": {option: scores.value(objective) for option, scores in others.items()},
         }  # fmt: skip
 
     def _known(self) -> dict[str, Scores]:

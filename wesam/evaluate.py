@@ -5,7 +5,7 @@ a score that can be known without true masks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -293,7 +293,12 @@ def measure(
 
 
 def _label_free(model: Sam | HasSam, image: Tensor, given: Prompts, crop: float) -> tuple[Tensor, Tensor]:
-    """The masks for the prompts, and their label-free scores."""
+    """The masks for the prompts, and their label-free scores: of tight boxes those of masks that are not cut, since any
+    that is cut to a box fits it.
+    """
+    if given.tight:
+        masks, found = _label_free(model, image, replace(given, tight=False), crop)
+        return masks & given.filled((int(image.shape[1]), int(image.shape[2]))), found
     if given.polygons is not None:
         masks, _ = predict(model, image, given, crop=crop)
         return masks, label_free(masks, given)

@@ -45,6 +45,13 @@ def test_masks_are_cut_to_boxes_that_are_said_to_be_tight(crop: float) -> None:
     assert torch.equal(iou, same)
 
 
+def test_the_label_free_score_of_masks_that_are_cut_is_that_of_the_whole_ones() -> None:
+    some = load_domain("clean").split("val")[:2]
+    free, cut = (evaluate(load_sam("nano"), some, kind, label_free=True) for kind in ("box", "tight-box"))  # type: ignore[arg-type]
+    assert free.label_free == cut.label_free
+    assert free.miou != cut.miou
+
+
 def test_given_boxes_may_be_said_to_be_tight() -> None:
     boxes = Prompts(boxes=torch.tensor([[2.0, 2, 6, 4]]))
     sample = Sample("x", torch.zeros(3, 9, 9, dtype=torch.uint8), {"box": boxes})
