@@ -162,12 +162,12 @@ def _decay(block: Block) -> list[str]:
     for j in range(0, len(block.columns), 3):
         ends = {k: block.of(f"{k}-anchor")[j : j + 3] for k in ("with", "without")}
         where = f"{block.domain} {block.columns[j].prompt}"
-        for k, (_, first, last) in ends.items():
-            if first and last:
-                fall = "decays" if last.mean < first.mean - _wider(first, last) else "does not decay"
+        for k, (best, first, last) in ends.items():
+            if best and first and last:
+                fall = "decays" if last.mean < best.mean - _wider(best, last) else "does not decay"
                 out.append(
-                    f"{where}: {k} the anchor loss self-training {fall}: {_effect(last, first)} from the usual steps "
-                    "to the last one."
+                    f"{where}: {k} the anchor loss self-training {fall}: {_effect(last, best)} from the step that is "
+                    f"best on val to the last one, {_effect(last, first)} from the usual number of steps."
                 )
         held, free = ends["with"][2], ends["without"][2]
         if held and free:

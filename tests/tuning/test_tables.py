@@ -245,11 +245,16 @@ def test_long_says_whether_self_training_decays_and_whether_the_anchor_holds_it(
     assert {g.after for g in groups(plan) if g.row.method} == {(6, 60)}
 
     def value(g: Group, metric: str, seed: int) -> float:
-        return 0.5 if metric.endswith("_60") and g.row.key == "without-anchor" else 0.65
+        if g.row.key == "with-anchor":
+            return 0.6 if metric.endswith("_6") else 0.65
+        return 0.5 if metric.endswith("_60") else 0.65
 
     page = table_page.markdown(plan, done(plan, value))
-    assert "camouflaged box: with the anchor loss self-training does not decay: no difference" in page
-    assert "without the anchor loss self-training decays: -15.0 points from the usual steps to the last one" in page
+    assert (
+        "camouflaged box: with the anchor loss self-training does not decay: no difference from the step that is best "
+        "on val to the last one, +5.0 points from the usual number of steps."
+    ) in page
+    assert "without the anchor loss self-training decays: -15.0 points from the step that is best on val" in page
     assert "after the last step the anchor loss makes +15.0 points" in page
     assert "| box, best on val | box, after 6 steps | box, after 60 steps |" in page
 
