@@ -256,6 +256,7 @@ def _enlarged_and_begun_with(small: Path, tmp_path: Path, tracker: Tracker) -> N
     assert {p: found[2].config[p] for p in plan.space} == {p: str(v) for p, v in plan.nearest(config).items()}
 
 
+@pytest.mark.slow
 @on_ray
 def test_trials_of_two_workers(small: Path, tmp_path: Path, tracker: Tracker) -> None:
     """With windows around the prompts, which the fetched adapter must remember to score again what was logged."""
