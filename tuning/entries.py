@@ -154,10 +154,15 @@ def _entry(cells: Cells, row: Row, domain: str, column: Column) -> Entry | None:
     return Entry(tuple(values)) if values else None
 
 
+def has_gap(direct: Entry, supervised: Entry) -> bool:
+    """Whether Supervised is above Direct by more than its spread: a share of anything less would be one of chance."""
+    return supervised.mean - direct.mean > (supervised.spread or 0.0)
+
+
 def _share(block: Block) -> None:
     """Gives the entries of the methods for weak labels their shares of the gap."""
     for j, (low, high) in enumerate(zip(block.of("direct"), block.of("supervised"), strict=True)):
-        if not low or not high or high.mean <= low.mean:
+        if not low or not high or not has_gap(low, high):
             continue
         for i, row in enumerate(block.rows):
             if (entry := block.entries[i][j]) and row.method and not row.needs_masks:

@@ -137,6 +137,17 @@ def test_one_seed_has_no_spread_and_no_gap_is_said_to_be_none() -> None:
     assert "±" not in page
 
 
+def test_of_a_gap_that_is_smaller_than_its_spread_no_share_is_told() -> None:
+    plan = make_plan("methods", ["camouflaged"], prompts=["box"], methods=["wesam", "supervised"])
+    for gap, closed in ((0.009, False), (0.02, True)):
+        scores = {"direct": 0.6, "wesam": 0.61, "supervised": 0.6 + gap}
+        page = table_page.markdown(
+            plan, done(plan, lambda g, m, s, known=scores: known.get(g.row.key, 0.5) + 0.01 * (s - 2) * bool(s))
+        )  # fmt: skip
+        assert ("(50 %)" in page) == closed
+        assert ("not above Direct by more than its spread, so there is no gap" in page) != closed
+
+
 @pytest.mark.parametrize(
     ("model", "published", "crop", "said"),
     [
