@@ -202,12 +202,16 @@ def _predict(model: Sam | HasSam, image: Tensor, prompts: Prompts, where: Tensor
     """:func:`predict` with each prompt in the window of the same place, int [N, 4]; None shows the whole image."""
     sam = model if isinstance(model, Sam) else model.sam
     masks, iou = _predict_whole(sam, image, prompts) if where is None else _predict_windows(sam, image, prompts, where)
-    if prompts.tight:
-        masks &= prompts.filled((int(image.shape[1]), int(image.shape[2])))
-    return masks, iou
+    return _cut(masks, prompts), iou
+
+
+def _cut(masks: Tensor, prompts: Prompts) -> Tensor:
+    """Masks, bool [N, H, W], cut to the boxes that they answer, if these are tight."""
+    return masks & prompts.filled((masks.shape[1], masks.shape[2])) if prompts.tight else masks
 
 
 def _predict_whole(sam: Sam, image: Tensor, prompts: Prompts) -> tuple[Tensor, Tensor]:
+    """Each prompt sees the whole image, which is encoded once."""
     side: int = sam.image_encoder.img_size
     small = resize(image, side)
     given = prompts.scaled(side / max(image.shape[1:]))
@@ -298,7 +302,7 @@ def _label_free(model: Sam | HasSam, image: Tensor, given: Prompts, crop: float)
     """
     if given.tight:
         masks, found = _label_free(model, image, replace(given, tight=False), crop)
-        return masks & given.filled((int(image.shape[1]), int(image.shape[2]))), found
+        return _cut(masks, given), found
     if given.polygons is not None:
         masks, _ = predict(model, image, given, crop=crop)
         return masks, label_free(masks, given)
