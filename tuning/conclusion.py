@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tuning import joint, judge, page, plots, registry
+from tuning import gap, joint, judge, page, plots, registry
 from tuning.confirm import FINALIST, SEED, SUPERVISED, finalists, repeated, winner
 from tuning.findings import read
 from tuning.plan import MARGIN
@@ -107,7 +107,7 @@ def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
         **{k: s.objective if (s := found.get(f"{k}_test")) else None for k in judge.DRAWN},
         "direct": test.objective, "paper": on_test[paper.run_id].objective if paper else None,
         **_summary("best", winners), **_summary("supervised", upper),
-        "gap_closed": _share(test.objective, statistics.mean(winners), statistics.mean(upper) if upper else None),
+        "gap_closed": gap.closed(test.objective, statistics.mean(winners), upper),
         "best_f1": on_test[chosen.run_id].f1 if chosen else test.f1,
         "val": {
             "score": on_val, **{k: getattr(found.get(f"{k}_val"), on_val, None) for k in judge.DRAWN},
@@ -182,11 +182,6 @@ def _finalists(verdict: Verdict) -> list[Row]:
     """Of each its score on val in the search and with one more seed."""
     scores = {t.number: t.best for t in verdict.searched}
     return [{"trial": n, "searched": scores[n], "again": s} for n, s in repeated(verdict.finalists).items()]
-
-
-def _share(direct: float, best: float, supervised: float | None) -> float | None:
-    """Of the gap between Direct and Supervised, how much is closed."""
-    return (best - direct) / (supervised - direct) if supervised is not None and supervised > direct else None
 
 
 def _cost(searched: Sequence[Trial], others: Sequence[Trial]) -> Row:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tuning import gap
 from tuning.tables import FREE, ON_VAL, Column, Group, Plan, Row, columns, rows
 from wesam.data import Domain, load_domain
 
@@ -154,16 +155,11 @@ def _entry(cells: Cells, row: Row, domain: str, column: Column) -> Entry | None:
     return Entry(tuple(values)) if values else None
 
 
-def has_gap(direct: Entry, supervised: Entry) -> bool:
-    """Whether Supervised is above Direct by more than its spread: a share of anything less would be one of chance."""
-    return supervised.mean - direct.mean > (supervised.spread or 0.0)
-
-
 def _share(block: Block) -> None:
     """Gives the entries of the methods for weak labels their shares of the gap."""
     for j, (low, high) in enumerate(zip(block.of("direct"), block.of("supervised"), strict=True)):
-        if not low or not high or not has_gap(low, high):
+        if not low or not high:
             continue
         for i, row in enumerate(block.rows):
             if (entry := block.entries[i][j]) and row.method and not row.needs_masks:
-                block.entries[i][j] = Entry(entry.values, (entry.mean - low.mean) / (high.mean - low.mean))
+                block.entries[i][j] = Entry(entry.values, gap.closed(low.mean, entry.mean, high.values))

@@ -169,12 +169,16 @@ def _told(part: Part, plan: Plan) -> list[str]:
 
 def _gap(row: dict[str, Any]) -> str | None:
     """What can be won at all, and how much of it has been."""
-    if row["gap_closed"] is None:
+    if row["supervised"] is None:
         return None
     gain, most = 100 * (row["best"] - row["direct"]), 100 * (row["supervised"] - row["direct"])
+    if row["gap_closed"] is None:
+        said = "no more than its spread over seeds, so there is no gap to close."
+    else:
+        said = f"{share(row['gap_closed'])} of that gap is closed."
     return (
         f"On test the best found is {gain:+.1f} points above Direct; training on true masks in as many steps "
-        f"(Supervised) gives {most:+.1f}: {share(row['gap_closed'])} of that gap is closed."
+        f"(Supervised) gives {most:+.1f}: {said}"
     )
 
 

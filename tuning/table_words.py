@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from tuning.entries import Block, Cells, Entry, has_gap
+from tuning import gap
+from tuning.entries import Block, Cells, Entry
 from tuning.plan import load_domains
 from tuning.tables import Plan, Row
 
@@ -131,7 +132,7 @@ def _no_gap(plan: Plan, blocks: Sequence[Block]) -> list[str]:
     places = [
         where
         for row, where, entry, low in _beside(blocks, "direct")
-        if row.key == "supervised" and not has_gap(low, entry)
+        if row.key == "supervised" and not gap.is_one(low.mean, entry.values)
     ]
     said = "Supervised is not above Direct by more than its spread, so there is no gap to close"
     return [f"{said}: {'; '.join(places)}."] if places else []

@@ -45,6 +45,8 @@ def test_a_card_says_what_it_is_how_good_and_how_it_came_about() -> None:
                  "a square around each prompt, 2 times", "boxes"):  # fmt: skip
         assert fact in told
     assert "0.610" not in told, "Direct on val is no score on test"
+    scores = {name: s for name, s in SCORES.items() if name != "gap_closed"}
+    assert "Supervised is not above Direct by more than its spread" in card(about(scores=scores))
     for use in ("wesam predict", 'best_adapter("nuclei")', "SamModel.from_pretrained"):
         assert use in told
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import random
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tuning import page, plots
+from tuning import gap, page, plots
 from tuning.conclusion import _finalists, _verdict, missing
 from tuning.confirm import FINALIST, SEED, SUPERVISED
 from tuning.findings import Findings, Trust, front
 from tuning.opening import Opening, opening
 from tuning.plan import Plan, make_plan
-from tuning.report import _chosen, _front, _warmth
+from tuning.report import _chosen, _front, _gap, _warmth
 from tuning.space import Axis
 from tuning.tracking import Trial
 
@@ -93,6 +94,19 @@ def test_how_one_of_several_that_are_nearly_as_good_was_chosen_is_told() -> None
     assert "chosen" not in (_chosen({"finalists": final, "best_trial": None}) or "")
     assert _chosen({"finalists": [], "best_trial": 5}) is None
     assert _chosen({}) is None, "of a study from before there were finalists"
+
+
+@pytest.mark.parametrize(
+    ("supervised", "closed"),
+    [([0.69, 0.71], 0.5), ([0.60, 0.66], None), ([0.59], None), ([0.65], 1.0), ([], None)],
+)
+def test_of_a_gap_within_its_spread_no_share_is_told(supervised: list[float], closed: float | None) -> None:
+    share = gap.closed(0.6, 0.65, supervised)
+    assert share == (closed and pytest.approx(closed))
+    mean = statistics.mean(supervised) if supervised else None
+    said = _gap({"direct": 0.6, "best": 0.65, "supervised": mean, "gap_closed": share})
+    assert (said is None) == (not supervised)
+    assert said is None or ("no gap to close" in said) == (closed is None)
 
 
 def row(**changed: Any) -> dict[str, Any]:
