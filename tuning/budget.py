@@ -11,35 +11,45 @@ from tuning.plan import Plan
 class Budget:
     """The clock of a study, which all its domains share; any thread may ask."""
 
-    def __init__(self, plan: Plan, spent: float = 0.0) -> None:
-        """spent: GPU hours of earlier runs of the study."""
-        self._plan, self._spent = plan, spent
+    def __init__(self, plan: Plan, search: float = 0.0, rest: float = 0.0, *, share: float = 1.0) -> None:
+        """search, rest: GPU hours of earlier runs of the study, of the search and of what confirms it. share: of a GPU
+        that a worker has; 1 where there are none.
+        """
+        self._plan, self._share = plan, share
+        self._spent = {True: search, False: rest}
+        """By whether it is the search's."""
         self._began = time.monotonic()
-        self._running: dict[tuple[str, str], float] = {}
+        self._running: dict[tuple[str, str], tuple[float, bool]] = {}
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, object]:
         """Nothing: Ray pickles what knows of it at the start, and nobody ever reads that."""
         return {}
 
-    def begin(self, domain: str, trial: str) -> None:
-        """A trial of this id takes its workers."""
+    def begin(self, domain: str, trial: str, *, search: bool = True) -> None:
+        """A trial of this id takes its workers; search: whether it is one of the search, whose budget this is."""
         with self._lock:
-            self._running.setdefault((domain, trial), time.monotonic())
+            self._running.setdefault((domain, trial), (time.monotonic(), search))
+
+    def of(self, domain: str, trial: str) -> float:
+        """The GPU hours that a running trial has had until now."""
+        with self._lock:
+            began, _ = self._running.get((domain, trial), (time.monotonic(), True))
+            return self._cost(began)
 
     def end(self, domain: str, trial: str) -> float:
         """It gives them back; the GPU hours that it has had."""
         with self._lock:
-            began = self._running.pop((domain, trial), None)
-            cost = 0.0 if began is None else self._cost(time.monotonic() - began)
-            self._spent += cost
+            began, search = self._running.pop((domain, trial), (time.monotonic(), True))
+            cost = self._cost(began)
+            self._spent[search] += cost
             return cost
 
-    def gpu_hours(self) -> float:
-        """Those spent until now, running trials included; where there is no GPU, hours of workers."""
-        now = time.monotonic()
+    def gpu_hours(self, *, search: bool = False) -> float:
+        """Those spent until now, running trials included, where there is no GPU hours of workers; search: its alone."""
         with self._lock:
-            return self._spent + sum(self._cost(now - began) for began in self._running.values())
+            running = sum(self._cost(began) for began, its in self._running.values() if its or not search)
+            return self._spent[True] + (0.0 if search else self._spent[False]) + running
 
     def left(self) -> float | None:
         """Hours by the clock; None where there is no limit."""
@@ -49,7 +59,7 @@ class Budget:
     def over(self) -> bool:
         """Whether nothing new may begin."""
         left = self.left()
-        return (left is not None and left <= 0) or self.gpu_hours() >= self._plan.gpu_hours
+        return (left is not None and left <= 0) or self.gpu_hours(search=True) >= self._plan.gpu_hours
 
-    def _cost(self, seconds: float) -> float:
-        return seconds / 3600 * self._plan.workers * self._plan.gpus_per_worker
+    def _cost(self, began: float) -> float:
+        return (time.monotonic() - began) / 3600 * self._plan.workers * self._share

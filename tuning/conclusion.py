@@ -83,16 +83,14 @@ def _verdict(tracker: Tracker, parent: str, direct: float) -> Verdict:
 
 
 def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
-    plan, found, chosen, paper, best = c.plan, target.found, verdict.chosen, verdict.paper, verdict.best
+    plan, found, paper, best = c.plan, target.found, verdict.paper, verdict.best
     folder = registry.place_of(registry.ADAPTER, target.name, plan.joint)
     adapters = {t.run_id: c.tracker.files(t.run_id, folder) for t in verdict.tested}
     measured = judge.judged(target.task, adapters)
     on_test = {run_id: Scores.of(images) for run_id, images in measured.items()}
-    picture = judge.picture(target.task, *((adapters[chosen.run_id], measured[chosen.run_id]) if chosen else ()))
 
     test, direct = found["direct_test"], target.direct.value(plan.objective)
     repeated = verdict.again or ([best] if best else [])
-    winners = [on_test[t.run_id].objective for t in repeated] if chosen else [test.objective]
     upper = [on_test[t.run_id].objective for t in verdict.supervised]
     on_val = target.direct.name(plan.objective)
     key = joint.metric(f"val_{on_val}", target.name) if plan.joint else ""
@@ -100,6 +98,12 @@ def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
     def val(of: Sequence[Trial]) -> float | None:
         """A joint study's trials are ranked by their gain; this is the domain's own score at that evaluation."""
         return statistics.mean(c.tracker.at(t.run_id, key, t.best_step) if key else t.best for t in of) if of else None
+
+    # a joint search's winner gains on all domains together, and may lose on one: that is left as it is
+    gains = not plan.joint or (val(repeated) or 0.0) > direct + MARGIN
+    chosen = verdict.chosen if gains else None
+    winners = [on_test[t.run_id].objective for t in repeated] if chosen else [test.objective]
+    picture = judge.picture(target.task, *((adapters[chosen.run_id], measured[chosen.run_id]) if chosen else ()))
 
     row: Row = {
         "domain": target.name, "given": target.given, "run_id": target.run.id, "trials_of": run.id,
@@ -166,6 +170,8 @@ def _unbeaten(verdict: Verdict) -> str:
     said = "nothing beat Direct on val: use the model as it is; no adapter registered"
     if verdict.best is None:
         return said
+    if verdict.beaten:
+        return f"{said} (the joint configuration, trial {verdict.best.number}, gains on the other domains)"
     return f"{said} (trial {verdict.best.number} seemed to, but not when it was trained again with other seeds)"
 
 

@@ -97,10 +97,12 @@ class DomainSearch(threading.Thread):
                     run.close("FAILED")
 
     def _is_done(self, before: Stored) -> bool:
-        """Whether the study has not been enlarged since, and no trial can be gone on with."""
-        found = self._c.tracker.each("trial", parent=before.info.run_id)
-        begun = [(ROLE not in r.data.tags, failed_midway(r)) for r in found]
-        return sum(own for own, _ in begun) >= self._c.plan.trials and not any(midway for _, midway in begun)
+        """Whether the study has not been enlarged since, and no trial can be gone on with; one that had to be begun
+        again, or failed at once, has several runs.
+        """
+        found = list(self._c.tracker.each("trial", parent=before.info.run_id))
+        begun = {r.data.tags["wesam.trial"] for r in found if ROLE not in r.data.tags}
+        return len(begun) >= self._c.plan.trials and not any(failed_midway(r) for r in found)
 
     def _concluded(self, run: Run) -> list[Row]:
         """run: the parent of the trials."""

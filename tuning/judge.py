@@ -48,6 +48,8 @@ class Task:
     domain: str
     base: Config
     """What all its trials share: kind of prompt, crop."""
+    gpus: float = 1.0
+    """The share of a GPU that scoring takes, where there are some: as much as a trial, beside which it finds room."""
 
 
 def ways(base: Config) -> dict[str, tuple[str, PromptKind, float]]:
@@ -88,10 +90,10 @@ def picture(task: Task, adapter: Files | None = None, after: PerImage | None = N
     return found
 
 
-def _begin(function: Callable[..., Any], *arguments: Any) -> Any:
-    need = worker_resources()
-    task: Any = ray.remote(function)
-    return task.options(num_cpus=need["CPU"], num_gpus=need.get("GPU", 0)).remote(*arguments)
+def _begin(function: Callable[..., Any], task: Task, *arguments: Any) -> Any:
+    need = worker_resources(task.gpus)
+    remote: Any = ray.remote(function)
+    return remote.options(num_cpus=need["CPU"], num_gpus=need.get("GPU", 0)).remote(task, *arguments)
 
 
 def _references(task: Task, split: Literal["val", "test"]) -> tuple[dict[str, Scores], int]:

@@ -52,6 +52,8 @@ class _Seen:
     step: int = 0
     best: float = -math.inf
     best_step: int = 0
+    hours: float = 0.0
+    """GPU hours that it had in earlier runs of the study."""
     latest: str | None = None
     checkpoint: str | None = None
     """Paths of the last checkpoint and of the best one."""
@@ -128,15 +130,17 @@ class Listener(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial begins, or begins again."""
-        self._budget.begin(self._domain.name, trial.trial_id)
+        self._budget.begin(self._domain.name, trial.trial_id, search="role" not in trial.config)
         self._place.begun()
         if trial.trial_id not in self._seen:
             self._begin(trial.config, trial.trial_id)
 
     def _begin(self, proposal: Mapping[str, Any], trial_id: str) -> None:
         number, name = proposal["number"], name_of(proposal)
+        hours = 0.0
         if "run" in proposal:
-            run = self._tracker.reopen(self._tracker.run(proposal["run"]))
+            stored = self._tracker.run(proposal["run"])
+            run, hours = self._tracker.reopen(stored), stored.data.metrics.get("gpu_hours", 0.0)
         else:
             about = {k: proposal.get(k) for k in PROPOSED}
             tags = {**self._tags, "wesam.trial": str(number), "wesam.proposal": json.dumps(about)}
@@ -147,7 +151,8 @@ class Listener(tune.Callback):
             run.use(self._domain.data, "train, val")
             run.log(joint.metrics(self._direct), step=0, params=proposal["config"])
         steps = int(proposal["config"]["steps"])
-        self._seen[trial_id] = seen = _Seen(name, run, proposal["label"], steps, **proposal.get("state", {}))
+        state = proposal.get("state", {})
+        self._seen[trial_id] = seen = _Seen(name, run, proposal["label"], steps, hours=hours, **state)
         self._board.at(self._domain.name, name, seen.step)
 
     def on_trial_result(
@@ -162,6 +167,8 @@ class Listener(tune.Callback):
                 said = f"trial {seen.name}: its last checkpoint is damaged; it went on from step {begun['step']}"
                 self._board.say(said, self._domain.name)
         seen.step, seen.leaving = step, result["saved"]
+        spent = seen.hours + self._budget.of(self._domain.name, trial.trial_id)
+        seen.run.log({"gpu_hours": spent}, step=step)  # what is interrupted, or fails, has cost that much
         if not seen.leaving:
             metrics = {**result["metrics"], METRIC: result[METRIC]}
             if "gap" in result:
@@ -187,7 +194,7 @@ class Listener(tune.Callback):
         """A trial has come to its end, or has been stopped."""
         seen, spent = self._seen[trial.trial_id], self._budget.end(self._domain.name, trial.trial_id)
         _forget(trial)
-        seen.run.log({"gpu_hours": spent}, step=seen.step)
+        seen.run.log({"gpu_hours": seen.hours + spent}, step=seen.step)
         if self._stop.is_set():
             seen.run.close("KILLED")
             return
@@ -216,11 +223,12 @@ class Listener(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial has failed for good."""
-        self._budget.end(self._domain.name, trial.trial_id)
+        spent = self._budget.end(self._domain.name, trial.trial_id)
         _forget(trial)
         if trial.trial_id not in self._seen:
             self._begin(trial.config, trial.trial_id)
         seen = self._seen[trial.trial_id]
+        seen.run.log({"gpu_hours": seen.hours + spent}, step=seen.step)
         if self._stop.is_set():
             seen.run.close("KILLED")
         else:

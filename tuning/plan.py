@@ -136,6 +136,8 @@ class Plan:
     """Their name before the domain's; several studies may share one. Empty: the study's own."""
     warm: tuple[tuple[str, dict[str, Value]], ...] = ()
     """What other studies found best: where, and the configuration's fields."""
+    run: str = ""
+    """The study's run in MLflow; empty before there is one, and of studies that are older than this field."""
 
     def __post_init__(self) -> None:
         checked_name(self.name, "--name")
@@ -171,12 +173,20 @@ class Plan:
         point = {path: flat[path] for path in self.space}
         return point if all(self.space[p].holds(v) for p, v in point.items()) else None
 
+    @property
+    def owner(self) -> str:
+        """By what the study's own trials are known in Optuna's database, which may hold those of its name's past."""
+        return self.run or self.name
+
     def optuna_url(self) -> str:
         """Of the database with the Optuna studies: the one given, else a file beside the checkpoints or in ``runs``."""
         if self.optuna:
             return self.optuna
         folder = Path("runs" if "://" in self.storage else self.storage).absolute() / self.name
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise InputError(f"cannot make {folder} for Optuna's file: {e.strerror}; or give --optuna URL") from None
         return f"sqlite:///{folder / 'optuna.db'}"
 
     def nearest(self, flat: Mapping[str, Value]) -> dict[str, Value]:
@@ -187,7 +197,7 @@ class Plan:
     def differs(self, other: Plan) -> str | None:
         """The first thing that the plans do not share, apart from how long to search."""
         mine, others = (replace(p, optuna=shown(p.optuna)) for p in (self, other))
-        names = (f.name for f in dataclasses.fields(self) if f.name not in BUDGET)
+        names = (f.name for f in dataclasses.fields(self) if f.name not in (*BUDGET, "run"))
         return next((n for n in names if getattr(mine, n) != getattr(others, n)), None)
 
     def to_json(self) -> str:

@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from tuning.plan import Plan
-from tuning.sampler import Point, ask, bounded, decoded, frozen, startup
+from tuning.sampler import Point, ask, bounded, decoded, distributions, frozen, own, startup
 
 MOVED = 0.3
 """The share of the hyperparameters in which a trial near the best one differs from it."""
@@ -46,14 +46,11 @@ def propose(study: optuna.Study, plan: Plan, number: int) -> tuple[Running, Poin
     A few steps from what is good are mostly not bad, and in a space of many dimensions a few trials tell a sampler
     little: until it has enough to learn from each trial is near the best one, and from then on each second one.
     """
-    attrs = {"study": plan.name, "number": number}
+    if queued := _queued(study, plan, number):
+        return queued
+    attrs = {"study": plan.owner, "number": number}
     everything = study.get_trials(deepcopy=False)
     known = bounded(everything)
-    if any(t.state == TrialState.WAITING for t in known):
-        trial = study.ask()
-        for key, value in attrs.items():
-            trial.set_user_attr(key, value)
-        return Running(study, trial._trial_id, trial.number), ask(trial, plan.space), trial.user_attrs
     draft = _Draft(study, known if plan.sampler == "tpe" else everything, len(everything))
     point = near(known, plan, number) or ask(draft.ask(), plan.space)
     written = frozen(
@@ -63,9 +60,23 @@ def propose(study: optuna.Study, plan: Plan, number: int) -> tuple[Running, Poin
     return Running(study, trial_id, study._storage.get_trial_number_from_id(trial_id)), point, attrs
 
 
+def _queued(study: optuna.Study, plan: Plan, number: int) -> tuple[Running, Point, Mapping[str, Any]] | None:
+    """The first that waits of what this study itself has put into the queue, which it may share with others."""
+    trial = next((t for t in own(study, plan) if t.state == TrialState.WAITING), None)
+    if trial is None:
+        return None
+    params, storage = trial.system_attrs["fixed_params"], study._storage
+    point = decoded(plan.space, params)
+    storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
+    storage.set_trial_user_attr(trial._trial_id, "number", number)
+    for name, distribution in distributions(plan.space, point).items():
+        storage.set_trial_param(trial._trial_id, name, distribution.to_internal_repr(params[name]), distribution)
+    return Running(study, trial._trial_id, trial.number), point, {**trial.user_attrs, "number": number}
+
+
 def near(known: Sequence[FrozenTrial], plan: Plan, number: int) -> Point | None:
     """A point near the best of the trials, if it is the turn of one; number: of the new trial."""
-    if plan.sampler == "random" or (number > startup(plan) and number % 2):
+    if plan.sampler in ("random", "nsga2") or (number > startup(plan) and number % 2):
         return None
     done = [t for t in known if t.state == TrialState.COMPLETE]
     best = max(done, key=lambda t: t.values[0], default=None)

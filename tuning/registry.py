@@ -79,16 +79,17 @@ def promote(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str])
     replaced. A run that is registered already stays as it is. Returns the version and, in words, what became of it.
     """
     client, name = tracker.client, PREFIX + domain
-    before, version = champion(tracker, domain), _version_of(tracker, name, run_id)
-    if before and version:
-        if before.run_id == run_id:
-            return version, f"still champion, as version {version}"
-        return version, f"registered before, as version {version}; champion is version {before.version}"
+    known = version = _version_of(tracker, name, run_id)
     if version is None:
         about = tracker.later(lambda: _about(tracker, domain, run_id, tags)).result()
         told, short = card(about), summary(about)
         version = tracker.later(lambda: _register(tracker, domain, run_id, tags, told, short)).result()
     new = Entry(domain, version, run_id, dict(tags))
+    before = champion(tracker, domain)  # after the upload: another study may have concluded meanwhile
+    if before and before.run_id == run_id:
+        return version, f"still champion, as version {version}"
+    if before and known and known < before.version:  # else its promotion may have been interrupted
+        return version, f"registered before, as version {version}; champion is version {before.version}"
     changed = _changed(before, new) if before else []
     if before and not changed and not _better(new, before):
         kept, this = (score(*e.test[1:]) for e in (before, new))

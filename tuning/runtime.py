@@ -147,9 +147,12 @@ def worker_resources(gpus: float = 1.0) -> dict[str, float]:
 
 
 def slots(workers: int, gpus: float = 1.0) -> int:
-    """How many trials of this many workers the cluster runs at once; raises InputError if not even one."""
+    """How many trials of this many workers, which may be on several nodes, the cluster runs at once.
+
+    Raises InputError if not even one.
+    """
     need = worker_resources(gpus)
-    count = room({k: v * workers for k, v in need.items()})
+    count = room(need) // workers
     if count < 1:
         total = _cluster()
         have = ", ".join(f"{int(total.get(k, 0))} {k}" for k in need)
@@ -158,9 +161,13 @@ def slots(workers: int, gpus: float = 1.0) -> int:
 
 
 def room(need: Mapping[str, float]) -> int:
-    """How often the cluster has these resources."""
-    total = _cluster()
-    return min(int(total.get(k, 0) / v + 1e-9) for k, v in need.items())
+    """How often the cluster has these resources, each time on one node, and a share of a GPU on one card."""
+    nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
+    return sum(min(_times(has.get(k, 0), v) for k, v in need.items()) for has in nodes)
+
+
+def _times(has: float, need: float) -> int:
+    return int(has) * int(1 / need + 1e-9) if need < 1 else int(has / need + 1e-9)
 
 
 def _cluster() -> dict[str, float]:

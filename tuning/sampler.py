@@ -39,6 +39,10 @@ COST_METRICS = {"size": "adapter_mb", "seconds": "seconds_per_step"}
 """What a cost is called in MLflow."""
 
 
+NO_MATTER = ("seed", "prompt", "test_instances", "compute.precision", "compute.checkpointing", "compute.compile")
+"""What trials of one Optuna study may have of their own: none of it changes what their scores mean."""
+
+
 def open_storage(url: str) -> RDBStorage:
     """The database with the Optuna studies, made if it is not there; raises InputError if it cannot be reached."""
     try:
@@ -64,10 +68,11 @@ class _Unhurried(sqlite3.Connection):
             self.execute(f"PRAGMA {pragma}")
 
 
-def open_study(plan: Plan, domain: str, storage: RDBStorage) -> optuna.Study:
+def open_study(plan: Plan, domain: str, storage: RDBStorage, data: str = "") -> optuna.Study:
     """The Optuna study of this domain in this study, ``NAME-DOMAIN``, which may hold trials of other jobs too.
 
-    Raises InputError if one of that name has another space, objective or data.
+    data: the domain's digest. Raises InputError if there is one of that name whose trials cannot be compared: of
+    another space, objective or data, or with another value of what is fixed, such as the number of steps.
     """
     name = f"{plan.optuna_study or plan.name}-{domain}"
     directions: list[Any] = ["maximize", *("minimize" for _ in plan.minimize)]
@@ -78,17 +83,17 @@ def open_study(plan: Plan, domain: str, storage: RDBStorage) -> optuna.Study:
         "score": plan.objective,
         "prompt": plan.base.prompt,
         "model": plan.model,
+        "joint": plan.joint,
+        "data": data,
+        **{k: v for k, v in plan.base.flat().items() if k not in plan.space and k not in NO_MATTER},
     }
-    if plan.joint:
-        about["joint"] = plan.joint
     before = study.user_attrs.get("about")
     if before is None:
         study.set_user_attr("about", about)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that names are experimental
             study.set_metric_names(["score", *plan.minimize])
-    elif before != about:
-        changed = next(k for k in (*about, *before) if before.get(k) != about.get(k))
+    elif changed := next((k for k in about if k in before and before[k] != about[k]), None):
         raise InputError(f"the Optuna study {name!r} exists with another {changed}: give another name")
     return study
 
@@ -109,8 +114,8 @@ def make_sampler(plan: Plan, known: int) -> BaseSampler:
             )
         if plan.sampler == "gp":
             return GPSampler(seed=seed, n_startup_trials=start, warn_independent_sampling=False)
-        if plan.sampler == "nsga2":
-            return NSGAIISampler(seed=seed, population_size=start)
+        if plan.sampler == "nsga2":  # of whose generations those that were pruned are no part
+            return NSGAIISampler(seed=seed, population_size=max(4, start // 2))
         return RandomSampler(seed=seed)
 
 
@@ -133,7 +138,7 @@ def enqueue(study: optuna.Study, plan: Plan, references: Iterable[str]) -> None:
     """Has the study begin with the references that lie in the space, what other studies found best, and the method's
     bolder configuration, if it has one.
     """
-    known = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("study") == plan.name]
+    known = own(study, plan)
     queue = [t for t in known if t.state == TrialState.WAITING]
     waiting = {t.user_attrs.get("reference") for t in queue}
     points = {r: p for r in references if r not in waiting and (p := plan.point(r)) is not None}
@@ -141,40 +146,56 @@ def enqueue(study: optuna.Study, plan: Plan, references: Iterable[str]) -> None:
     for t in behind:  # what is put into Optuna's queue comes last, and references are to come first
         study._storage.set_trial_state_values(t._trial_id, TrialState.FAIL)
     for reference, point in points.items():
-        study.enqueue_trial(encoded(plan.space, point), user_attrs={"reference": reference, "study": plan.name})
+        study.enqueue_trial(encoded(plan.space, point), user_attrs={"reference": reference, "study": plan.owner})
     for t in behind:
         study.enqueue_trial(t.system_attrs["fixed_params"], user_attrs=t.user_attrs)
     if known:  # the rest is in the queue since the study began
         return
     for source, flat in plan.warm:
         point = plan.nearest(flat)
-        study.enqueue_trial(encoded(plan.space, point), user_attrs={"label": BEST_OF + source, "study": plan.name})
+        study.enqueue_trial(encoded(plan.space, point), user_attrs={"label": BEST_OF + source, "study": plan.owner})
     if plan.sampler != "random" and (bolder := plan.bolder()):
-        study.enqueue_trial(encoded(plan.space, bolder), user_attrs={"label": BOLDER, "study": plan.name})
+        study.enqueue_trial(encoded(plan.space, bolder), user_attrs={"label": BOLDER, "study": plan.owner})
 
 
 def catch_up(study: optuna.Study, plan: Plan, done: Iterable[Trial], unfinished: Iterable[Mapping[str, Any]]) -> None:
-    """Tells the study what became of the trials of an earlier run, whatever it missed of that.
+    """Tells the study what became of the trials of an earlier run, whatever it missed of that, if its database is new.
 
     unfinished: proposals of :class:`tuning.search.Search` that are gone on with.
     """
-    going_on = {p.get("optuna") for p in unfinished}
-    known = [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("study") == plan.name]
-    for t in known:
-        if t.state == TrialState.RUNNING and t.number not in going_on:
+    going_on = {p["number"]: p["point"] for p in unfinished if "optuna" in p}
+    for number, t in running(study, plan).items():
+        if number not in going_on:
             study.tell(t.number, state=TrialState.FAIL)
-    numbers = ended(study, plan)
+    known = {**ended(study, plan), **running(study, plan)}
+
+    def write(number: int, point: Mapping[str, Value], **given: Any) -> None:
+        attrs = {"study": plan.owner, "number": number}
+        study.add_trial(frozen(plan.space, point, user_attrs=attrs, **given))
+
     for trial in done:
-        if trial.number not in numbers and trial.point and trial.ended != "diverged":
+        if trial.number not in known and trial.point and trial.ended != "diverged":
             values = [trial.best, *(trial.metrics[COST_METRICS[c]] for c in plan.minimize)]
-            attrs = {"study": plan.name, "number": trial.number}
-            study.add_trial(frozen(plan.space, trial.point, state=TrialState.COMPLETE, values=values, user_attrs=attrs))
+            write(trial.number, trial.point, state=TrialState.COMPLETE, values=values)
+    for number, point in going_on.items():
+        if number not in known:
+            write(number, point, state=TrialState.RUNNING)
+
+
+def own(study: optuna.Study, plan: Plan) -> list[FrozenTrial]:
+    """This study's trials, of all that the Optuna study has."""
+    return [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("study") == plan.owner]
 
 
 def ended(study: optuna.Study, plan: Plan) -> dict[int, FrozenTrial]:
     """This study's trials of which Optuna has the result, by their numbers in the search."""
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    return {t.user_attrs["number"]: t for t in trials if t.user_attrs.get("study") == plan.name}
+    done = (TrialState.COMPLETE, TrialState.PRUNED)
+    return {t.user_attrs["number"]: t for t in own(study, plan) if t.state in done}
+
+
+def running(study: optuna.Study, plan: Plan) -> dict[int, FrozenTrial]:
+    """This study's trials that have not ended, as far as Optuna knows, by their numbers in the search."""
+    return {t.user_attrs["number"]: t for t in own(study, plan) if t.state == TrialState.RUNNING}
 
 
 def ask(trial: BaseTrial, space: Space) -> Point:

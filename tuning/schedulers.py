@@ -91,6 +91,13 @@ class Halving(Stopping, ASHAScheduler):
 class Median(Stopping, MedianStoppingRule):
     """Stops what is below the median of the others' averages."""
 
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Whether the trial goes on; Tune's rule takes what it has called behind for ended, and fails if it goes on."""
+        decision = super().on_trial_result(tune_controller, trial, result)
+        if decision == TrialScheduler.CONTINUE:
+            self._stopped_trials.discard(trial)
+        return decision
+
 
 class Patient(Stopping, FIFOScheduler):
     """Stops nothing early."""

@@ -14,7 +14,7 @@ from tuning.confirm import Confirmation, Proposal, decides
 from tuning.places import Place
 from tuning.plan import Plan
 from tuning.proposals import Running, propose
-from tuning.sampler import SEARCHED, Point, decoded, ended
+from tuning.sampler import SEARCHED, Point, decoded, ended, running
 from tuning.schedulers import PLATEAU
 from tuning.trainer import METRIC
 
@@ -102,8 +102,8 @@ class Search(Searcher):
 
     def _go_on(self, trial_id: str, found: Proposal) -> Proposal:
         if "optuna" in found:
-            frozen = next(t for t in self._study.get_trials(deepcopy=False) if t.number == found["optuna"])
-            if frozen.state == TrialState.RUNNING:
+            frozen = running(self._study, self._plan).get(found["number"])
+            if frozen:
                 self._trials[trial_id] = Running(self._study, frozen._trial_id, frozen.number)
         return found
 

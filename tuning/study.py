@@ -13,7 +13,7 @@ from typing import Any
 
 from mlflow.entities import Run as Stored
 
-from tuning import leaving, runtime
+from tuning import joint, leaving, runtime
 from tuning.budget import Budget
 from tuning.claim import held, refuse_second
 from tuning.conclusion import RESULT
@@ -24,7 +24,7 @@ from tuning.plan import BUDGET, HIDDEN, Plan, load_domains, shown
 from tuning.progress import Board
 from tuning.sampler import open_storage, open_study
 from tuning.target import Context, study_tags
-from tuning.tracking import Tracker
+from tuning.tracking import ROLE, Tracker
 from wesam.config import Config, Value
 from wesam.errors import InputError, unknown
 
@@ -52,6 +52,8 @@ def new_study(plan: Plan, tracker: Tracker, *, rename: bool = False) -> dict[str
         return _study(replace(plan, name=next(n for n in free if n not in taken)), tracker, None)
     stored = taken[plan.name]
     before = _plan(tracker, stored)
+    if before is None:
+        return _study(plan, tracker, stored)
     if differs := plan.differs(before):
         raise InputError(f"there is a study {plan.name!r} with another {differs} at {tracker.uri}: give another --name")
     same = {k: getattr(plan, k) for k in (*BUDGET, "optuna")}
@@ -68,6 +70,8 @@ def resume_study(
     """
     stored = find_study(name, tracker)
     before = _plan(tracker, stored)
+    if before is None:
+        raise InputError(f"the study {name!r} was ended before it had begun: start it with python -m tuning run")
     plan = replace(before, **(budget or {}), optuna=optuna or before.optuna)
     if differs := plan.differs(before):
         raise InputError(f"the study {name!r} has another {differs}: {shown(before.optuna) or 'a file in runs'}")
@@ -94,8 +98,10 @@ def _has_failed_midway(tracker: Tracker, study: Stored) -> bool:
     return any(failed_midway(t) for d in domains for t in tracker.find("trial", parent=d.info.run_id))
 
 
-def _plan(tracker: Tracker, stored: Stored) -> Plan:
-    return Plan.from_json(tracker.files(stored.info.run_id, "")[PLAN].decode())
+def _plan(tracker: Tracker, stored: Stored) -> Plan | None:
+    """That of a study; None where it was ended before it had begun."""
+    files = tracker.files(stored.info.run_id, "")
+    return Plan.from_json(files[PLAN].decode()) if PLAN in files else None
 
 
 def best_of(name: str, tracker: Tracker) -> tuple[tuple[str, dict[str, Value]], ...]:
@@ -136,12 +142,18 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
         if domain.name in before and before[domain.name].data.tags["data"] != domain.digest:
             raise InputError(f"the data of {domain.name!r} has changed since the study began: start a new study")
     storage = open_storage(plan.optuna_url())
-    studies = {name: open_study(plan, name, storage) for name in searched}
-    budget = Budget(plan, _spent(tracker, before.values()))
+    data = {JOINT: joint.digest(domains)} if plan.joint else {d.name: d.digest for d in domains}
+    studies = {name: open_study(plan, name, storage, data[name]) for name in searched}
     runtime.start()
     runtime.check_storage(plan.storage)
     slots = runtime.slots(plan.workers, plan.gpus_per_worker)
+    share = runtime.worker_resources(plan.gpus_per_worker).get("GPU", 1.0)
+    budget = Budget(plan, *_spent(tracker, before.values()), share=share)
     run = tracker.start(plan.name, "study", None, study_tags(plan)) if stored is None else tracker.reopen(stored)
+    if not before:
+        plan = replace(plan, run=run.id)
+    if stored is None:
+        run.attach(lambda: {PLAN: plan.to_json().encode()})
     board = Board(list(searched), [d.name for d in domains], plan.trials, plan.base.steps)
     stop = threading.Event()
     context = Context(plan, tracker, board, run, Places(slots, searched), budget, stop)
@@ -156,7 +168,8 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
             board.say(f"{domain.name}: {len(domain.left_out)} wrong annotations are left out: wesam check lists them")
     searches = [DomainSearch(context, name, given, studies[name], before) for name, given in searched.items()]
     with runtime.stoppable(), held(tracker, run, plan.name, stored), board:
-        run.attach(lambda: {PLAN: plan.to_json().encode()})
+        if stored is not None:  # now that nobody else runs it
+            run.attach(lambda: {PLAN: plan.to_json().encode()})
         leaving.take_back(plan.name)
         try:
             for search in searches:
@@ -198,7 +211,10 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
     return result
 
 
-def _spent(tracker: Tracker, domains: Iterable[Stored]) -> float:
-    """GPU hours of all trials until now."""
-    runs = (r for d in domains for r in tracker.each("trial", parent=d.info.run_id))
-    return sum(r.data.metrics.get("gpu_hours", 0.0) for r in runs)
+def _spent(tracker: Tracker, domains: Iterable[Stored]) -> tuple[float, float]:
+    """GPU hours until now of the search's trials, and of what confirms it."""
+    search = rest = 0.0
+    for run in (r for d in domains for r in tracker.each("trial", parent=d.info.run_id)):
+        hours = run.data.metrics.get("gpu_hours", 0.0)
+        search, rest = (search, rest + hours) if ROLE in run.data.tags else (search + hours, rest)
+    return search, rest

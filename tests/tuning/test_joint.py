@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from tuning import joint
+from tuning import conclusion, joint, judge, registry
+from tuning.conclusion import Verdict
 from tuning.plan import Plan, make_plan
+from tuning.tracking import Trial
 from wesam import Scores
 from wesam.errors import InputError
 
@@ -33,3 +38,38 @@ def test_a_single_domain_is_not_searched_jointly() -> None:
         make_plan({"domains": ["camouflaged"], "joint": "mean"}, [])
     with pytest.raises(InputError, match="unknown joint"):
         make_plan({"domains": ["camouflaged", "medical"], "joint": "sum"}, [])
+
+
+def test_where_a_joint_winner_loses_on_val_the_domain_keeps_the_model_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = Scores(2, 2, 0.6, 0.7)
+    registered: list[str] = []
+    monkeypatch.setattr(judge, "judged", lambda task, adapters: dict.fromkeys(adapters, scores))
+    monkeypatch.setattr(judge, "picture", lambda *given: b"")
+    monkeypatch.setattr(conclusion, "_drawings", lambda c, row: {})
+    monkeypatch.setattr(Scores, "of", lambda images: Scores(2, 2, 0.65, 0.7))
+
+    def promote(tracker: Any, domain: str, *given: Any) -> tuple[int, str]:
+        registered.append(domain)
+        return 1, "champion"
+
+    monkeypatch.setattr(registry, "promote", promote)
+    best = Trial(
+        number=3, run_id="r", label="searched", reference=None, point={}, config={"steps": "8"}, best=0.05,
+        best_step=8, step=8, ended="finished", gap=None, metrics={},
+    )  # fmt: skip
+    verdict = Verdict([best], best, [], [], True, [])
+    reached = {"val_miou.a": 0.7, "val_miou.b": 0.55}
+    tracker = SimpleNamespace(files=lambda *given: {}, at=lambda run, name, step: reached[name])
+    context: Any = SimpleNamespace(plan=plan("mean"), tracker=tracker, budget=SimpleNamespace(over=lambda: False))
+    run: Any = SimpleNamespace(id="r", attach=lambda f: f(), log=lambda *given: None)
+    rows = []
+    for name in ("a", "b"):
+        target: Any = SimpleNamespace(
+            name=name, given=name, found={"direct_test": scores}, task=None, direct=scores, run=run, tags={},
+            tried=lambda: None,
+        )  # fmt: skip
+        rows.append(conclusion._row(context, run, target, verdict))
+    assert registered == ["a"]
+    assert [(r["best_trial"], r["best"]) for r in rows] == [(3, 0.65), (None, 0.6)]
+    assert "use the model as it is" in rows[1]["outcome"]
+    assert "gains on the other domains" in rows[1]["outcome"]

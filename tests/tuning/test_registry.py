@@ -111,6 +111,22 @@ def test_a_run_is_registered_once(tracker: Tracker, register: Register) -> None:
     assert register(0.9, run_id=first.run_id) == (1, "registered before, as version 1; champion is version 2")
 
 
+def test_a_promotion_that_was_interrupted_is_made_good(
+    tracker: Tracker, register: Register, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(0.5)
+
+    def interrupted(*given: str) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(tracker.client, "set_registered_model_alias", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            register(0.8)
+    run_id = tracker.client.get_model_version("wesam-d", "2").run_id
+    assert register(0.8, run_id=run_id) == (2, "registered as champion in place of version 1 (0.500 on test)")
+
+
 def test_a_fetched_adapter_comes_with_its_configuration_and_card(
     tracker: Tracker, register: Register, tmp_path: Path
 ) -> None:

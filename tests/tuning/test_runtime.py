@@ -84,3 +84,28 @@ def test_nodes_of_a_real_cluster_are_asked(tmp_path: Path) -> None:
         capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300,
     )  # fmt: skip
     assert done.stdout.splitlines()[-1:] == ["2 [True, True] [False, False]"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "workers", "slots"),
+    [
+        ([{"CPU": 8.0}], 1.0, 1, 8),
+        ([{"CPU": 8.0, "GPU": 1.0}] * 8, 0.4, 1, 16),
+        ([{"CPU": 8.0, "GPU": 1.0}] * 2, 0.25, 1, 8),
+        ([{"CPU": 3.0, "GPU": 1.0}] * 2, 0.25, 1, 6),
+        ([{"CPU": 8.0, "GPU": 1.0}] * 3, 1.0, 2, 1),
+        ([{"CPU": 8.0, "GPU": 4.0}, {"CPU": 8.0}], 1.0, 1, 4),
+        ([{"CPU": 8.0, "GPU": 1.0}] * 4, 2.0, 1, 0),
+    ],
+)
+def test_a_worker_is_on_one_node_and_its_share_of_a_gpu_on_one_card(
+    nodes: list[dict[str, float]], gpus: float, workers: int, slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = {k: sum(n.get(k, 0.0) for n in nodes) for k in ("CPU", "GPU")}
+    monkeypatch.setattr(runtime, "_cluster", lambda: total)
+    monkeypatch.setattr(runtime.ray, "nodes", lambda: [{"Alive": True, "Resources": n} for n in nodes])
+    if slots:
+        assert runtime.slots(workers, gpus) == slots
+    else:
+        with pytest.raises(InputError, match="does not fit"):
+            runtime.slots(workers, gpus)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from tuning.sampler import (
     decoded,
     distributions,
     encoded,
+    ended,
     enqueue,
     open_storage,
     open_study,
@@ -220,6 +222,41 @@ def test_several_studies_can_share_one_of_optunas_if_they_search_the_same(tmp_pa
         begin(make(tmp_path, optuna=url, optuna_study="both", space={"lora.rank": 4}))
 
 
+def test_nsga2_breeds_from_what_has_come_before(tmp_path: Path) -> None:
+    search, study, _ = begin(make(tmp_path, sampler="nsga2", trials=16))
+    for n in range(16):
+        search.suggest(str(n))
+        search.on_trial_complete(str(n), result(0.01 * n, 8))
+    generations = [t.system_attrs.get("NSGAIISampler:generation") for t in study.trials]
+    assert generations[:2] == [None, None], "the references"
+    assert max(g for g in generations if g is not None) > 1
+
+
+def test_each_of_several_studies_begins_with_its_own_references(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/shared.db"
+    searches = [begin(make(tmp_path, name=name, optuna=url, optuna_study="both"))[0] for name in ("one", "two")]
+    found = [searches[i].suggest(f"{i} {n}") for n in range(2) for i in (1, 0)]
+    assert [f["reference"] for f in found] == ["paper", "paper", "defaults", "defaults"]
+
+
+def test_a_study_is_not_taken_for_one_of_its_name_that_mlflow_has_forgotten(tmp_path: Path) -> None:
+    plan = replace(make(tmp_path), run="before")
+    search, study, _ = begin(plan)
+    for name in "abc":
+        search.suggest(name)
+        search.on_trial_complete(name, result(0.5, 8))
+    again, _, _ = begin(replace(plan, run="now"))
+    assert [again.suggest(name)["reference"] for name in "de"] == ["paper", "defaults"], "not what was lost"
+    assert len(ended(study, plan)) == 3
+    for changes, what in (({"steps": 16}, "steps"), ({"crop": 2}, "crop")):
+        with pytest.raises(InputError, match=f"exists with another {what}"):
+            begin(make(tmp_path, **changes))  # type: ignore[arg-type]
+    storage = open_storage(plan.optuna_url())
+    open_study(plan, "medical", storage, "digest")
+    with pytest.raises(InputError, match="exists with another data"):
+        open_study(plan, "medical", storage, "another")
+
+
 @pytest.mark.parametrize(
     "url", ["sqlite:////dev/null/x.db", "nonsense", "postgresql://127.0.0.1:9/x", "mysql+nonsense://x"]
 )
@@ -265,6 +302,23 @@ def test_an_interrupted_study_goes_on_in_optuna(tmp_path: Path) -> None:
     assert again.suggest("y")["number"] == 8
 
 
+def test_an_interrupted_study_goes_on_without_the_database_of_before(tmp_path: Path) -> None:
+    plan = make(tmp_path)
+    search, _, _ = begin(plan)
+    proposals = [search.suggest(str(i)) for i in range(2)]
+    unfinished = {**proposals[1], "run": "r", "resume": "path", "state": {}}
+    plan = make(tmp_path, optuna=f"sqlite:///{tmp_path}/new.db")
+    study = open_study(plan, "camouflaged", open_storage(plan.optuna_url()))
+    catch_up(study, plan, [], [unfinished])
+    nothing = Confirmation(plan, 0.4, {}, {}, (), supervised=True)
+    again = Search(plan, study, range(3, 5), (), [unfinished], nothing, Budget(plan), {}, alone())
+    assert again.suggest("x") == unfinished
+    again.on_trial_complete("x", result(0.6, 8))
+    (known,) = study.trials
+    assert (known.state, known.value) == (TrialState.COMPLETE, 0.6)
+    assert decoded(plan.space, known.params) == unfinished["point"]
+
+
 def test_a_trial_of_which_mlflow_knows_nothing_is_run_again_as_it_was(tmp_path: Path) -> None:
     """Its driver was killed after Optuna had been told of its end, and before MLflow had heard of it."""
     plan = make(tmp_path)
@@ -300,6 +354,19 @@ def test_a_budget_that_is_spent_ends_the_search(tmp_path: Path) -> None:
     assert budget.gpu_hours() == pytest.approx(budget.gpu_hours()), "nothing runs, nothing is spent"
     assert Budget(make(tmp_path, hours=1e-13)).over()
     assert not Budget(make(tmp_path)).over()
+
+
+def test_the_budget_is_the_searchs_and_interrupted_trials_have_cost_something(tmp_path: Path) -> None:
+    budget = Budget(make(tmp_path, gpu_hours=1.0), 0.5, 9.0, share=0.25)
+    assert not budget.over()
+    assert budget.gpu_hours() == 9.5
+    budget.begin("d", "supervised", search=False)
+    budget.begin("d", "trial")
+    assert 0 < budget.of("d", "trial") <= budget.end("d", "trial")
+    assert budget.gpu_hours(search=True) > 0.5
+    assert budget.end("d", "supervised") > 0
+    assert not budget.over()
+    assert Budget(make(tmp_path, gpu_hours=1.0), 1.0).over()
 
 
 def test_the_winner_is_trained_again_when_the_search_has_ended_and_supervised_beside_it(tmp_path: Path) -> None:
@@ -478,6 +545,8 @@ def test_what_is_behind_is_stopped_but_never_the_papers_nor_before_it_has_warmed
     assert on_result(bad, 0.1, 2) == TrialScheduler.CONTINUE
     assert on_result(bad, 0.1, 4) == TrialScheduler.STOP
     assert scheduler.stopped == {"bad": "pruned"}
+    for t in (paper, defaults):
+        assert on_result(t, 0.1, 6) == TrialScheduler.CONTINUE, "and so on to their ends"
     assert on_result(goods[0], 0.1, 8) == TrialScheduler.CONTINUE
 
 

@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -28,6 +29,7 @@ from ray.tune.execution import class_cache
 from tuning import confirm, registry, report, runtime, tracking
 from tuning.cli import main, summary
 from tuning.confirm import FINALIST, finalists, repeated, winner
+from tuning.domain import DomainSearch
 from tuning.listener import CHECKPOINT
 from tuning.plan import Plan, make_plan
 from tuning.study import best_of, new_study, resume_study
@@ -37,6 +39,24 @@ from wesam.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 on_ray = pytest.mark.usefixtures("cluster")
+
+
+def test_a_study_that_was_ended_before_it_had_begun_says_so(tracker: Tracker) -> None:
+    tracker.start("s", "study", None, {}).close("KILLED")
+    tracker.flush()
+    with pytest.raises(InputError, match="'s' was ended before it had begun: start it"):
+        resume_study("s", tracker)
+
+
+def test_an_enlarged_domain_is_not_done_however_often_its_trials_had_to_be_begun(tracker: Tracker) -> None:
+    domain = tracker.start("d", "domain", None, {})
+    for number, status in ((1, "FINISHED"), (2, "FAILED"), (2, "FINISHED"), (3, "FINISHED")):
+        run = tracker.start(f"d {number}", "trial", domain, {"wesam.trial": str(number)})
+        run.close(status)  # type: ignore[arg-type]
+    tracker.flush()
+    for trials, done in ((3, True), (4, False)):
+        search: Any = SimpleNamespace(_c=SimpleNamespace(tracker=tracker, plan=SimpleNamespace(trials=trials)))
+        assert DomainSearch._is_done(search, tracker.run(domain.id)) == done
 
 
 def test_ctrl_c_keeps_what_is_there_and_leaves_no_process_and_the_study_can_go_on(

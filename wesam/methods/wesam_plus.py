@@ -14,7 +14,7 @@ What is added to WeSAM, none of it from more labels than WeSAM has:
 Tried with boxes and left out, since they did not win on val of both camouflaged and corrupted scenes: an averaged
 teacher, the decoder's LoRA, for each pseudo label the level at which it fits its box best, that neighbouring cells of
 one colour belong together (BoxInst's other loss), and of SAM's four outputs the one that fits its box best: as pseudo
-label it is learnt twice as fast, until masks fill their boxes; as the anchor's mask it helps on camouflaged scenes alone.
+label it is learnt twice as fast, until masks fill their boxes; as the anchor's mask it helps on one domain of six.
 """
 
 from __future__ import annotations
