@@ -302,7 +302,8 @@ def _restore(directory: Path, model: AdaptedSam, optimizer: torch.optim.Adam) ->
         for i, (p, q) in enumerate(zip(student, saved.trainable(), strict=True)):
             p.copy_(q)
             names = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{i}" in state]
-            optimizer.state[p] = {k: state[f"{k}.{i}"].clone() for k in names}
+            where = {k: "cpu" if k == "step" else p.device for k in names}  # Adam counts on the CPU
+            optimizer.state[p] = {k: state[f"{k}.{i}"].to(d, copy=True) for k, d in where.items()}
         for i, t in enumerate(teacher):
             t.copy_(state[f"teacher.{i}"])
     return int(state["step"])

@@ -13,20 +13,22 @@ from segment_anything.modeling import Sam
 
 from tests.conftest import first
 from wesam import losses as L
-from wesam.adapt import Report, adapt, draw, keep_best, warmup
+from wesam.adapt import Report, _restore, adapt, draw, keep_best, warmup
 from wesam.adapters import AdaptedSam
 from wesam.anchor import Anchor
 from wesam.config import Config, PromptKind, preset
 from wesam.crops import WHOLE
 from wesam.data import Domain, load_domain
 from wesam.errors import InputError
-from wesam.evaluate import evaluate
+from wesam.evaluate import Scores, evaluate
 from wesam.methods import get_method
 from wesam.sam import load_sam
 from wesam.sam.promptable import decode, encode
 from wesam.views import flip
 
 SHORT = preset("nano").replace({"steps": 4, "eval_every": 2, "max_instances": 3, "optim.batch_size": 2})
+NO_SCORES = Scores(1, 1, 0.0, 0.0)
+"""Of a source model that nobody asks about."""
 
 
 def run(sam: Sam, domain: Domain, config: Config, **more: object) -> list[Report]:
@@ -180,6 +182,19 @@ def test_resumed_runs_go_on_bit_by_bit(sam: Sam, camouflaged: Domain, tmp_path: 
     assert all(torch.equal(a, b) for a, b in zip(matrices(rest[-1]), matrices(whole[-1]), strict=True))
     with pytest.raises(InputError, match="another lora configuration"):
         run(sam, camouflaged, config.replace({"lora.rank": 7}), resume=tmp_path)
+
+
+def test_a_resumed_optimiser_is_where_its_parameters_are(sam: Sam, camouflaged: Domain, tmp_path: Path) -> None:
+    *_, report = islice(adapt(sam, camouflaged, SHORT, direct=NO_SCORES), 2)  # one step
+    report.save(tmp_path)
+    model = AdaptedSam(sam, SHORT.lora)
+    model._peft.to("meta")  # as good as a GPU for this; the parameters of sam stay where they are
+    optimizer = torch.optim.Adam(model.trainable())
+    assert _restore(tmp_path, model, optimizer) == 1
+    for p in model.trainable():
+        state = optimizer.state[p]
+        assert (state["exp_avg"].device, state["exp_avg_sq"].device) == (p.device, p.device)
+        assert state["step"].device.type == "cpu"
 
 
 def test_known_scores_of_direct_are_not_computed_again(sam: Sam, camouflaged: Domain) -> None:
