@@ -7,7 +7,7 @@ gradients are summed once a step; the result does not depend on the number of wo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from wesam.adapters import AdaptedSam
-from wesam.anchor import Anchor
+from wesam.anchor import Anchor, Memory
 from wesam.config import Config, Objective
 from wesam.data.domain import Domain
 from wesam.errors import InputError
@@ -236,16 +236,16 @@ def draw(anchor: Anchor, config: Config, step: int, method: Method, rank: int = 
     )  # fmt: skip
 
 
-_ANCHORS: WeakKeyDictionary[Sam, dict[tuple[Hashable, ...], Anchor]] = WeakKeyDictionary()
+_MEMORIES: WeakKeyDictionary[Sam, Memory] = WeakKeyDictionary()
 
 
 def _anchor(sam: Sam, domain: Domain, config: Config) -> Anchor:
-    """The anchor's answers, shared by all adaptations of this model to this domain in this process."""
-    kept = _ANCHORS.setdefault(sam, {})
+    """The anchor; what it keeps is shared by all adaptations of this model to this domain in this process."""
+    memory = _MEMORIES.setdefault(sam, Memory())
     key = (domain.name, domain.digest, config.prompt, config.crop, config.compute.precision, config.grid)
-    if key not in kept:
-        kept[key] = Anchor(sam, domain.split("train"), config.prompt, config.crop, config.compute, config.grid)
-    return kept[key]
+    return Anchor(
+        sam, domain.split("train"), config.prompt, config.crop, config.compute, config.grid, memory=memory, key=key
+    )
 
 
 def _generator(*words: int) -> torch.Generator:

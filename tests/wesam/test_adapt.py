@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import shutil
+import weakref
 from itertools import islice
 from pathlib import Path
 
@@ -195,6 +197,25 @@ def test_a_resumed_optimiser_is_where_its_parameters_are(sam: Sam, camouflaged: 
         state = optimizer.state[p]
         assert (state["exp_avg"].device, state["exp_avg_sq"].device) == (p.device, p.device)
         assert state["step"].device.type == "cpu"
+
+
+def test_a_model_that_is_let_go_is_freed(camouflaged: Domain) -> None:
+    sam = load_sam("nano")
+    gone = weakref.ref(sam)
+    next(adapt(sam, camouflaged, SHORT, direct=NO_SCORES))
+    run(sam, camouflaged, SHORT.replace({"steps": 1}), direct=NO_SCORES)
+    del sam
+    gc.collect()
+    assert gone() is None
+
+
+def test_adaptations_of_a_model_share_what_is_prepared(
+    sam: Sam, camouflaged: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SHORT.replace({"steps": 1, "crop": 2.0})
+    run(sam, camouflaged, config, direct=NO_SCORES)
+    monkeypatch.setattr("wesam.anchor.resize", None)
+    run(sam, camouflaged, config, direct=NO_SCORES)
 
 
 def test_known_scores_of_direct_are_not_computed_again(sam: Sam, camouflaged: Domain) -> None:
