@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import weakref
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from segment_anything.modeling import Sam
 
 from tests.conftest import first
 from wesam import losses as L
-from wesam.adapt import Report, _restore, adapt, draw, keep_best, warmup
-from wesam.adapters import AdaptedSam
+from wesam.adapt import Best, Report, _restore, adapt, draw, keep_best, warmup
+from wesam.adapters import WEIGHTS_FILE, AdaptedSam
 from wesam.anchor import Anchor
 from wesam.config import Config, PromptKind, preset
 from wesam.crops import WHOLE
@@ -216,6 +217,32 @@ def test_adaptations_of_a_model_share_what_is_prepared(
     run(sam, camouflaged, config, direct=NO_SCORES)
     monkeypatch.setattr("wesam.anchor.resize", None)
     run(sam, camouflaged, config, direct=NO_SCORES)
+
+
+def test_a_resumed_run_keeps_the_better_adapter_of_before(sam: Sam, camouflaged: Domain, tmp_path: Path) -> None:
+    folder, checkpoint = tmp_path / "best", tmp_path / "checkpoint"
+    direct, good, worse, better = (replace(NO_SCORES, miou=v) for v in (0.1, 0.5, 0.3, 0.6))
+    real = islice(adapt(sam, camouflaged, SHORT, direct=NO_SCORES), 3)
+    reports = (replace(r, val=v) for r, v in zip(real, (direct, good, worse), strict=True))
+    previous = keep_best(islice(reports, 2), folder)
+    assert previous == Best(1, good, direct)
+    second = next(reports)
+    kept = (folder / WEIGHTS_FILE).read_bytes()
+
+    assert keep_best([second], folder, previous=previous) == previous
+    second.save(checkpoint)
+    finished = SHORT.replace({"steps": 2})
+    assert keep_best(adapt(sam, camouflaged, finished, resume=checkpoint), folder, previous=previous) == previous
+    for rest in (adapt(sam, camouflaged, finished, resume=checkpoint), [second]):
+        with pytest.raises(InputError, match="the previous best"):
+            keep_best(rest, folder)
+    assert (folder / WEIGHTS_FILE).read_bytes() == kept
+    with pytest.raises(InputError, match="no adapter in"):
+        keep_best([second], tmp_path / "elsewhere", previous=previous)
+
+    assert keep_best([replace(second, val=better)], folder, previous=previous) == Best(2, better, direct)
+    found, wanted = (AdaptedSam.load(sam, f).trainable() for f in (folder, checkpoint))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_known_scores_of_direct_are_not_computed_again(sam: Sam, camouflaged: Domain) -> None:
