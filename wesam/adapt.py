@@ -7,7 +7,7 @@ gradients are summed once a step; the result does not depend on the number of wo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from segment_anything.modeling import Sam
 from torch import Tensor
 from torch.profiler import record_function
 
-from wesam.adapters import AdaptedSam
-from wesam.anchor import Anchor
+from wesam.adapters import AdaptedSam, made_for
+from wesam.anchor import Anchor, Memory
 from wesam.config import Config, Objective
 from wesam.data.domain import Domain
 from wesam.errors import InputError
@@ -69,8 +69,9 @@ def adapt(
     """Adapts the SAM to the domain's train split; yields a report before the first step and after every one.
 
     sam: the frozen source model, never changed. resume: a folder written by :meth:`Report.save` under the same
-    configuration. direct: the source model's scores on val, if known, to save computing them again. label_free: whether
-    the scores on val are to have the label-free one where there are true masks, too.
+    configuration; reports are then of the steps after it alone, and none if it was the last. direct: the source model's
+    scores on val, if known, to save computing them again. label_free: whether the scores on val are to have the
+    label-free one where there are true masks, too.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if config.optim.batch_size < world:
@@ -173,22 +174,30 @@ class Best:
 
 def keep_best(
     reports: Iterable[Report], directory: Path, *, objective: Objective = "auto",
-    watch: Callable[[Report, bool], None] | None = None,
+    watch: Callable[[Report, bool], None] | None = None, previous: Best | None = None,
 ) -> Best:  # fmt: skip
     """Drives an adaptation to its end and leaves its best adapter in the folder.
 
     objective: the score on val that the best one is chosen by. watch: called with every report and whether it was the
-    best so far. Whatever ends the run early, an interrupt too, leaves the best adapter until then.
+    best so far. previous: of a resumed adaptation, the best until its checkpoint, whose adapter is in the folder: it
+    stays there unless a later one is better. Whatever ends the run early, an interrupt too, leaves the best adapter
+    until then. Raises InputError if the reports do not begin with the unadapted model and no previous best is given, or
+    if its adapter is not in the folder.
     """
-    best: Best | None = None
+    if previous is not None:
+        made_for(directory)
+    best = previous
     for report in reports:
+        if best is None and report.step:
+            break
         better = report.val is not None and (best is None or report.val.value(objective) > best.val.value(objective))
         if report.val is not None and better:
             report.model.save(directory)
             best = Best(report.step, report.val, best.direct if best else report.val)
         if watch:
             watch(report, better)
-    assert best is not None
+    if best is None:
+        raise InputError("of a resumed adaptation keep_best needs to know the previous best, and got none")
     return best
 
 
@@ -236,16 +245,16 @@ def draw(anchor: Anchor, config: Config, step: int, method: Method, rank: int = 
     )  # fmt: skip
 
 
-_ANCHORS: WeakKeyDictionary[Sam, dict[tuple[Hashable, ...], Anchor]] = WeakKeyDictionary()
+_MEMORIES: WeakKeyDictionary[Sam, Memory] = WeakKeyDictionary()
 
 
 def _anchor(sam: Sam, domain: Domain, config: Config) -> Anchor:
-    """The anchor's answers, shared by all adaptations of this model to this domain in this process."""
-    kept = _ANCHORS.setdefault(sam, {})
+    """The anchor; what it keeps is shared by all adaptations of this model to this domain in this process."""
+    memory = _MEMORIES.setdefault(sam, Memory())
     key = (domain.name, domain.digest, config.prompt, config.crop, config.compute.precision, config.grid)
-    if key not in kept:
-        kept[key] = Anchor(sam, domain.split("train"), config.prompt, config.crop, config.compute, config.grid)
-    return kept[key]
+    return Anchor(
+        sam, domain.split("train"), config.prompt, config.crop, config.compute, config.grid, memory=memory, key=key
+    )
 
 
 def _generator(*words: int) -> torch.Generator:
@@ -302,7 +311,8 @@ def _restore(directory: Path, model: AdaptedSam, optimizer: torch.optim.Adam) ->
         for i, (p, q) in enumerate(zip(student, saved.trainable(), strict=True)):
             p.copy_(q)
             names = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{i}" in state]
-            optimizer.state[p] = {k: state[f"{k}.{i}"].clone() for k in names}
+            where = {k: "cpu" if k == "step" else p.device for k in names}  # Adam counts on the CPU
+            optimizer.state[p] = {k: state[f"{k}.{i}"].to(d, copy=True) for k, d in where.items()}
         for i, t in enumerate(teacher):
             t.copy_(state[f"teacher.{i}"])
     return int(state["step"])

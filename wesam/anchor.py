@@ -1,4 +1,4 @@
-"""What the frozen anchor says about every training image, computed once and kept.
+"""What the frozen anchor says about every training image, computed once and kept, in memory while it fits.
 
 The model is frozen, the prompts are given once, and an image is seen whole or in the window around one of its prompts,
 in four flips; so all that the losses ever ask of the anchor are constants: each prompt's mask and the average of the
@@ -9,8 +9,8 @@ prompt, for all trials and workers of a machine; the folder may be deleted at an
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -22,11 +22,12 @@ from torch.nn import functional as F
 from wesam.adapters import autocast
 from wesam.config import ComputeConfig, GridConfig, PromptKind
 from wesam.crops import WHOLE, cut, inside, windows
-from wesam.data.domain import Sample
+from wesam.data.domain import KEPT_BYTES, Sample
 from wesam.errors import InputError
 from wesam.grid import grid_prompts
 from wesam.losses import pooled
 from wesam.prompts import Prompts
+from wesam.recent import Recent
 from wesam.sam.checkpoints import home
 from wesam.sam.promptable import CHUNK, decode, encode, resize
 from wesam.store import Store
@@ -50,33 +51,63 @@ class Prepared:
     """uint8 [3, h, w], the longer side at the model's input size."""
     prompts: Prompts
     """The N that lie in it, in pixels of ``image``."""
-    masks: Tensor | None
-    """The true masks, bool [N, H, W], before resizing, if known; only a supervised method looks at them."""
+    instances: Tensor
+    """Which of the sample's instances these are, int [N]; none, int [0], of the clicks of a grid."""
+    window: Tensor | None
+    """What is seen of the image, int (x0, y0, x1, y1) in its own pixels; None if all is."""
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory, but for weak labels."""
+        return self.image.nbytes
 
 
 @dataclass(frozen=True)
 class Answer:
     """The anchor's answers to the prompts of one flipped image."""
 
-    masks: Tensor
-    """bool [N, m, m], in SAM's low-resolution frame."""
+    packed: Tensor
+    """uint8 [N, m, ceil(m / 8)]: the masks, eight cells of a row in a byte."""
     features: Tensor
     """float [N, C]: the anchor's feature map averaged over each mask."""
 
+    @property
+    def masks(self) -> Tensor:
+        """bool [N, m, m], in SAM's low-resolution frame."""
+        bits = np.unpackbits(self.packed.numpy(), axis=2, count=self.packed.shape[1])
+        return torch.from_numpy(bits.view(bool))
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory."""
+        return self.packed.nbytes + self.features.nbytes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the anchors of a model keep in memory. It does not lead to the model, which may be freed before it."""
+
+    labels: dict[Hashable, tuple[Tensor, Prompts]] = field(default_factory=dict)
+    """Of each image, as an anchor uses them; they are small."""
+    recent: Recent = field(default_factory=lambda: Recent(KEPT_BYTES))
+    """What was prepared and answered, for all anchors together."""
+
 
 class Anchor:
-    """The training images of a domain with the anchor's answers, each made when first asked for and then kept."""
+    """The training images of a domain with the anchor's answers, each made when asked for and kept while it fits.
+
+    memory: where they are kept. key: what tells this anchor's from those of others in the same memory.
+    """
 
     def __init__(
         self, sam: Sam, split: Sequence[Sample], prompt: PromptKind, crop: float = 0.0,
-        compute: ComputeConfig | None = None, grid: GridConfig | None = None,
+        compute: ComputeConfig | None = None, grid: GridConfig | None = None, *,
+        memory: Memory | None = None, key: Hashable = None,
     ) -> None:  # fmt: skip
         self.sam = sam
         self._compute, self._grid = compute or ComputeConfig(), grid or GridConfig()
         self._split, self._prompt, self._crop = split, prompt, crop
-        self._labels: dict[int, tuple[Tensor, Prompts]] = {}
-        self._prepared: dict[Place, Prepared] = {}
-        self._answers: dict[tuple[Place, Flips], dict[str, Tensor]] = {}
+        self._memory, self._key = memory or Memory(), key
         self._store = Store(home() / "anchors")
 
     def __len__(self) -> int:
@@ -97,15 +128,16 @@ class Anchor:
 
         Of a grid no instances are known, and the clicks are those that the anchor is sure of.
         """
-        if index not in self._labels:
+        labels, at = self._memory.labels, (self._key, index)
+        if at not in labels:
             sample = self._split[index]
             if self._prompt == "grid":
-                self._labels[index] = torch.arange(0), self._clicks(sample.image)
-                return self._labels[index]
+                labels[at] = torch.arange(0), self._clicks(sample.image)
+                return labels[at]
             prompts = sample.weak_labels(self._prompt)
             used = torch.arange(len(prompts)) if self._crop else sample.visible(self.sam.image_encoder.img_size)
-            self._labels[index] = used, prompts[used]
-        return self._labels[index]
+            labels[at] = used, prompts[used]
+        return labels[at]
 
     def _clicks(self, image: Tensor) -> Prompts:
         """The grid's clicks in an image, uint8 [3, H, W], in its pixels."""
@@ -123,40 +155,40 @@ class Anchor:
 
     def prepared(self, place: Place) -> Prepared:
         """What is at this place, resized, with the weak labels that lie in it."""
-        if place not in self._prepared:
-            index, around = place
-            sample, (used, prompts) = self._split[index], self._given(index)
-            image, masks = sample.image, sample.masks[used] if sample.has_masks and self._prompt != "grid" else None
-            if around != WHOLE:
-                number = torch.tensor([around])
-                window = windows(prompts[number], (image.shape[1], image.shape[2]), self._crop)[0]
-                there = inside(prompts, window)
-                image, prompts = cut(image, window), prompts[there].seen_in(window)
-                masks = None if masks is None else cut(masks[there], window)
-            side: int = self.sam.image_encoder.img_size
-            self._prepared[place] = Prepared(resize(image, side), prompts.scaled(side / max(image.shape[1:])), masks)
-        return self._prepared[place]
+        return self._memory.recent.get((self._key, place), lambda: self._prepare(place))
+
+    def _prepare(self, place: Place) -> Prepared:
+        """The same, from the split."""
+        index, around = place
+        image, (used, prompts) = self._split[index].image, self._given(index)
+        window = None
+        if around != WHOLE:
+            number = torch.tensor([around])
+            window = windows(prompts[number], (image.shape[1], image.shape[2]), self._crop)[0]
+            there = inside(prompts, window)
+            # a copy, since where nothing is to be resized a view would keep the whole image in memory
+            image, used, prompts = cut(image, window).clone(), used[there], prompts[there].seen_in(window)
+        side: int = self.sam.image_encoder.img_size
+        return Prepared(resize(image, side), prompts.scaled(side / max(image.shape[1:])), used, window)
 
     @torch.no_grad()
     def answer(self, place: Place, flips: Flips) -> Answer:
         """The anchor's answers for what is at this place, seen with these flips."""
-        at = (place, flips)
-        if at not in self._answers:
-            item = self.prepared(place)
-            view = flip(item.image, *flips)
-            prompts = item.prompts.flipped(*flips, (view.shape[1], view.shape[2]))
-            half = autocast(self.sam, self._compute)
-            given = (prompts.boxes, prompts.points, prompts.point_labels, *(prompts.polygons or ()))
-            name = self._name(f"{half.device} {half._enabled}", view, *given)
-            kept = self._store.get(name)
-            if kept is None:
-                kept = self._ask(view, prompts)
-                self._store.put(name, kept)
-            self._answers[at] = kept
-        kept = self._answers[at]
-        cells = 4 * self.sam.prompt_encoder.image_embedding_size[1]
-        bits = np.unpackbits(kept["masks"].numpy(), axis=2, count=cells).view(bool)
-        return Answer(torch.from_numpy(bits), kept["features"])
+        return self._memory.recent.get((self._key, place, flips), lambda: self._answer(place, flips))
+
+    def _answer(self, place: Place, flips: Flips) -> Answer:
+        """The same, from disk, or from the model."""
+        item = self.prepared(place)
+        view = flip(item.image, *flips)
+        prompts = item.prompts.flipped(*flips, (view.shape[1], view.shape[2]))
+        half = autocast(self.sam, self._compute)
+        given = (prompts.boxes, prompts.points, prompts.point_labels, *(prompts.polygons or ()))
+        name = self._name(f"{half.device} {half._enabled}", view, *given)
+        kept = self._store.get(name)
+        if kept is None:
+            kept = self._ask(view, prompts)
+            self._store.put(name, kept)
+        return Answer(kept["masks"], kept["features"])
 
     def _ask(self, view: Tensor, prompts: Prompts) -> dict[str, Tensor]:
         """The anchor's answers: its features, float [N, C], and masks with eight cells of a row in a byte."""
@@ -182,13 +214,19 @@ class Anchor:
         return digest.hexdigest()
 
     def truth(self, place: Place, flips: Flips, chosen: Tensor) -> Tensor:
-        """The true masks of the chosen instances, flipped, in SAM's low-resolution frame: covered share, [n, m, m]."""
-        item = self.prepared(place)
-        if item.masks is None:
-            raise InputError(f"{self._split[place[0]].key} has no masks: nothing to be supervised by")
+        """The true masks of the chosen instances, flipped, in SAM's low-resolution frame: covered share, [n, m, m].
+
+        They are looked up each time: in the image's own pixels, all of them may be many times as large as the image.
+        """
+        item, sample = self.prepared(place), self._split[place[0]]
+        if self._prompt == "grid" or not sample.has_masks:
+            raise InputError(f"{sample.key} has no masks: nothing to be supervised by")
+        masks = sample.masks[item.instances[chosen]]
+        if item.window is not None:
+            masks = cut(masks, item.window)
         side: int = self.sam.image_encoder.img_size
         h, w = item.image.shape[1:]
-        small = F.interpolate(item.masks[chosen][:, None].float(), (h, w), mode="area")[:, 0]
+        small = F.interpolate(masks[:, None].float(), (h, w), mode="area")[:, 0]
         padded = F.pad(flip(small, *flips), (0, side - w, 0, side - h))
         return F.avg_pool2d(padded, side // (4 * self.sam.prompt_encoder.image_embedding_size[0]))
 

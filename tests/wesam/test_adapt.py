@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import shutil
+import weakref
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -13,20 +16,22 @@ from segment_anything.modeling import Sam
 
 from tests.conftest import first
 from wesam import losses as L
-from wesam.adapt import Report, adapt, draw, keep_best, warmup
-from wesam.adapters import AdaptedSam
+from wesam.adapt import Best, Report, _restore, adapt, draw, keep_best, warmup
+from wesam.adapters import WEIGHTS_FILE, AdaptedSam
 from wesam.anchor import Anchor
 from wesam.config import Config, PromptKind, preset
 from wesam.crops import WHOLE
 from wesam.data import Domain, load_domain
 from wesam.errors import InputError
-from wesam.evaluate import evaluate
+from wesam.evaluate import Scores, evaluate
 from wesam.methods import get_method
 from wesam.sam import load_sam
 from wesam.sam.promptable import decode, encode
 from wesam.views import flip
 
 SHORT = preset("nano").replace({"steps": 4, "eval_every": 2, "max_instances": 3, "optim.batch_size": 2})
+NO_SCORES = Scores(1, 1, 0.0, 0.0)
+"""Of a source model that nobody asks about."""
 
 
 def run(sam: Sam, domain: Domain, config: Config, **more: object) -> list[Report]:
@@ -180,6 +185,64 @@ def test_resumed_runs_go_on_bit_by_bit(sam: Sam, camouflaged: Domain, tmp_path: 
     assert all(torch.equal(a, b) for a, b in zip(matrices(rest[-1]), matrices(whole[-1]), strict=True))
     with pytest.raises(InputError, match="another lora configuration"):
         run(sam, camouflaged, config.replace({"lora.rank": 7}), resume=tmp_path)
+
+
+def test_a_resumed_optimiser_is_where_its_parameters_are(sam: Sam, camouflaged: Domain, tmp_path: Path) -> None:
+    *_, report = islice(adapt(sam, camouflaged, SHORT, direct=NO_SCORES), 2)  # one step
+    report.save(tmp_path)
+    model = AdaptedSam(sam, SHORT.lora)
+    model._peft.to("meta")  # as good as a GPU for this; the parameters of sam stay where they are
+    optimizer = torch.optim.Adam(model.trainable())
+    assert _restore(tmp_path, model, optimizer) == 1
+    for p in model.trainable():
+        state = optimizer.state[p]
+        assert (state["exp_avg"].device, state["exp_avg_sq"].device) == (p.device, p.device)
+        assert state["step"].device.type == "cpu"
+
+
+def test_a_model_that_is_let_go_is_freed(camouflaged: Domain) -> None:
+    sam = load_sam("nano")
+    gone = weakref.ref(sam)
+    next(adapt(sam, camouflaged, SHORT, direct=NO_SCORES))
+    run(sam, camouflaged, SHORT.replace({"steps": 1}), direct=NO_SCORES)
+    del sam
+    gc.collect()
+    assert gone() is None
+
+
+def test_adaptations_of_a_model_share_what_is_prepared(
+    sam: Sam, camouflaged: Domain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SHORT.replace({"steps": 1, "crop": 2.0})
+    run(sam, camouflaged, config, direct=NO_SCORES)
+    monkeypatch.setattr("wesam.anchor.resize", None)
+    run(sam, camouflaged, config, direct=NO_SCORES)
+
+
+def test_a_resumed_run_keeps_the_better_adapter_of_before(sam: Sam, camouflaged: Domain, tmp_path: Path) -> None:
+    folder, checkpoint = tmp_path / "best", tmp_path / "checkpoint"
+    direct, good, worse, better = (replace(NO_SCORES, miou=v) for v in (0.1, 0.5, 0.3, 0.6))
+    real = islice(adapt(sam, camouflaged, SHORT, direct=NO_SCORES), 3)
+    reports = (replace(r, val=v) for r, v in zip(real, (direct, good, worse), strict=True))
+    previous = keep_best(islice(reports, 2), folder)
+    assert previous == Best(1, good, direct)
+    second = next(reports)
+    kept = (folder / WEIGHTS_FILE).read_bytes()
+
+    assert keep_best([second], folder, previous=previous) == previous
+    second.save(checkpoint)
+    finished = SHORT.replace({"steps": 2})
+    assert keep_best(adapt(sam, camouflaged, finished, resume=checkpoint), folder, previous=previous) == previous
+    for rest in (adapt(sam, camouflaged, finished, resume=checkpoint), [second]):
+        with pytest.raises(InputError, match="the previous best"):
+            keep_best(rest, folder)
+    assert (folder / WEIGHTS_FILE).read_bytes() == kept
+    with pytest.raises(InputError, match="no adapter in"):
+        keep_best([second], tmp_path / "elsewhere", previous=previous)
+
+    assert keep_best([replace(second, val=better)], folder, previous=previous) == Best(2, better, direct)
+    found, wanted = (AdaptedSam.load(sam, f).trainable() for f in (folder, checkpoint))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_known_scores_of_direct_are_not_computed_again(sam: Sam, camouflaged: Domain) -> None:

@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 from segment_anything.modeling import Sam
+from torch.nn import functional as F
 
 import wesam.anchor
-from wesam.anchor import Anchor
+from wesam.anchor import Anchor, Memory, Place
 from wesam.config import ComputeConfig
 from wesam.crops import WHOLE
-from wesam.data import Domain
+from wesam.data import Domain, Sample
+from wesam.recent import Recent
 from wesam.sam import load_sam
 from wesam.store import Store
+from wesam.views import flip
 
 PLACE, FLIPS = (0, WHOLE), (True, False)
 
@@ -118,3 +121,64 @@ def test_a_folder_that_cannot_be_written_is_only_a_loss_of_time(
         anchor.answer(PLACE, FLIPS)
     anchor.answer((1, WHOLE), FLIPS)
     assert len(asked) == 2
+
+
+SIDE = 400
+"""Of :func:`squares`, in pixels; twice a square's side is the model's 192, so that its window is not resized."""
+
+
+@pytest.fixture
+def squares() -> Sample:
+    masks = torch.zeros(3, SIDE, SIDE, dtype=torch.bool)
+    for mask, (x, y) in zip(masks, ((40, 60), (90, 100), (290, 280)), strict=True):
+        mask[y : y + 96, x : x + 96] = True
+    pixels = torch.randint(256, (3, SIDE, SIDE), generator=torch.Generator().manual_seed(0))
+    return Sample("squares", pixels.to(torch.uint8), masks)
+
+
+@pytest.mark.parametrize("crop", [0.0, 2.0, 3.0])
+def test_truth_is_the_share_of_each_cell_that_the_masks_cover(sam: Sam, squares: Sample, crop: float) -> None:
+    anchor, chosen = Anchor(sam, [squares], "box", crop), torch.tensor([1, 0])
+    item = anchor.prepared((0, 0 if crop else WHOLE))
+    x0, y0, x1, y1 = (0, 0, SIDE, SIDE) if item.window is None else item.window.tolist()
+    assert x1 - x0 == (crop * 96 or SIDE)
+    seen = squares.masks[:2][chosen, y0:y1, x0:x1]
+    for flips in ((False, False), (True, True)):
+        wanted = flip(F.interpolate(seen[:, None].float(), (192, 192), mode="area")[:, 0], *flips)
+        found = anchor.truth((0, 0 if crop else WHOLE), flips, chosen)
+        assert torch.equal(found, F.avg_pool2d(wanted, 2))
+
+
+@pytest.mark.parametrize("crop", [0.0, 2.0])
+def test_what_is_kept_holds_on_to_nothing_larger(sam: Sam, squares: Sample, crop: float) -> None:
+    anchor = Anchor(sam, [squares], "box", crop)
+    place = (0, 0 if crop else WHOLE)
+    anchor.truth(place, FLIPS, torch.tensor([0]))
+    item = anchor.prepared(place)
+    assert item.prompts.boxes is not None
+    kept = [v for v in (*vars(item).values(), item.prompts.boxes) if isinstance(v, torch.Tensor)]
+    assert sum(v.untyped_storage().nbytes() for v in kept) < item.nbytes + 200
+    assert item.nbytes == 3 * 192 * 192
+
+
+def test_images_and_answers_are_kept_while_they_fit(
+    sam: Sam, squares: Sample, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    resize = wesam.anchor.resize
+    monkeypatch.setattr(wesam.anchor, "resize", lambda image, side: made.append(1) or resize(image, side))
+    recent = Recent(int(2.5 * 3 * 192 * 192))
+    anchor = Anchor(sam, [squares], "box", 2.0, memory=Memory(recent=recent))
+    a, b, c = places = [(0, n) for n in range(3)]
+    visits: list[tuple[Place, int]] = [(a, 1), (b, 2), (a, 2), (c, 3), (a, 3), (c, 3), (b, 4)]
+    for place, count in visits:
+        anchor.prepared(place)
+        assert len(made) == count
+        assert recent.nbytes <= recent.most
+    first = [anchor.answer(p, FLIPS) for p in places]
+    recent.most = 0
+    anchor.prepared(a)
+    assert recent.nbytes == 0
+    again = [anchor.answer(p, FLIPS) for p in places]
+    assert len(asked) == 3, "what memory has dropped is on disk"
+    assert all(torch.equal(x.masks, y.masks) for x, y in zip(first, again, strict=True))
