@@ -164,7 +164,8 @@ def test_check_lists_all_faults_of_listings_and_of_images(
     assert main(["check", str(coco_folder), "--json", str(tmp_path / "r.json")]) == 1
     report = json.loads((tmp_path / "r.json").read_text())
     assert len(report["errors"]) == 2
-    assert "has no image images/val-1.png" in report["errors"][0]
+    assert "1 of 2 images of" in report["errors"][0]
+    assert f"missing, such as images/val-1.png; looked in {coco_folder}" in report["errors"][0]
     assert "train-0.png" in report["errors"][1]
     assert [s["images"] for s in report["splits"]] == [3, 1, 2]
     assert main(["evaluate", "--domain", str(coco_folder)]) == 2
