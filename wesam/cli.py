@@ -16,7 +16,7 @@ from PIL import Image
 from segment_anything.modeling import Sam
 
 from wesam import training
-from wesam.adapters import AdaptedSam, made_for
+from wesam.adapters import WEIGHTS_FILE, AdaptedSam, made_for
 from wesam.anchor import Anchor
 from wesam.console import guarded, line, progress, table, write_json
 from wesam.data import NOTES, PUBLISHED, SPLITS, Domain, Split, load_domain, located
@@ -30,7 +30,7 @@ from wesam.methods import method_preset
 from wesam.options import Command, given_domain, make_parser
 from wesam.overlay import contact_sheet, overlay
 from wesam.prompts import Prompts
-from wesam.sam import REGISTRY, describe, fetch_model, load_sam, write_weights
+from wesam.sam import REGISTRY, describe, fetch_model, find_model, load_sam, write_weights
 
 SMALL = 0.1
 """Of the image's longer side: instances below it are a few pixels long to a model, as nuclei in microscopy are."""
@@ -197,6 +197,8 @@ def _export(args: argparse.Namespace) -> None:
         raise InputError("--base goes with --peft DIR")
     folder = adapter_folder(args.adapter)
     name = args.model or made_for(folder)
+    if args.merge:
+        _spared(args.merge, find_model(name), folder / WEIGHTS_FILE)
     sam = load_sam(name)
     model = AdaptedSam.load(sam, folder)
     if args.merge:
@@ -242,6 +244,13 @@ def _numbers(text: str, what: str, counts: tuple[int, ...]) -> list[float]:
     if len(values) not in counts or not all(map(math.isfinite, values)):
         raise InputError(f"expected {what}, got {text!r}")
     return values
+
+
+def _spared(out: Path, *read: Path) -> None:
+    """Raises InputError if a file to be written is one of those that are read."""
+    with suppress(OSError):  # one of them is not there
+        if any(out.samefile(file) for file in read):
+            raise InputError(f"{out} is read, and would be overwritten: give another file")
 
 
 def _save(picture: Image.Image, path: Path) -> None:

@@ -104,6 +104,19 @@ def test_an_adapter_is_merged_into_plain_weights(coco_folder: Path, tmp_path: Pa
     assert abs(scores[0] - scores[2]) > 0.002, "the adapter changes something"
 
 
+@pytest.mark.parametrize("name", ["own.safetensors", "link.safetensors", "adapter/adapter_model.safetensors"])
+def test_what_is_merged_is_not_overwritten(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_weights(load_sam("nano"), weights := tmp_path / "own.safetensors")
+    (tmp_path / "link.safetensors").symlink_to(weights)
+    AdaptedSam(load_sam(str(weights)), LoraConfig(rank=2)).save(tmp_path / "adapter")
+    before = (tmp_path / name).read_bytes()
+    command = ["export", "--model", str(weights), "--adapter", str(tmp_path / "adapter"), "--merge"]
+    assert main([*command, str(tmp_path / name)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / name} is read, and would be overwritten: give another file\n"
+    assert (tmp_path / name).read_bytes() == before
+    assert main([*command, str(tmp_path / "merged.pth")]) == 0
+
+
 def test_an_adapter_is_written_for_transformers(
     coco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
