@@ -250,6 +250,21 @@ def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
         ("predict {tmp}/i.png --point 5,5 --out {tmp}/none/m.png", "cannot write"),
         ("predict {tmp}/i.png --point 5,nan --out {tmp}/m.png", "expected a click"),
         ("predict {tmp}/i.png --point 5,5,0.5 --out {tmp}/m.png", "labelled 1"),
+        (
+            "predict {tmp}/i.png --box 30,2,35,9 --out {tmp}/m.png",
+            "the box lies beside the image: {tmp}/i.png has 30 x 20",
+        ),
+        ("predict {tmp}/i.png --tight-box=1,-9,3,0 --out {tmp}/m.png", "the box lies beside the image"),
+        (
+            "predict {tmp}/i.png --point 5,5 5,25,0 --out {tmp}/m.png",
+            "a click lies beside the image: {tmp}/i.png has 30 x 20",
+        ),
+        ("predict {tmp}/i.png --point=-1,5 --out {tmp}/m.png", "a click lies beside the image"),
+        (
+            "predict {tmp}/i.png --box 1,2,3,4 --out {tmp}/../{tmp.name}/i.png",
+            "would be overwritten: give another file",
+        ),
+        ("predict {tmp}/i.png --box 1,2,3,4 --out {tmp}/m.png --overlay {tmp}/i.png", "i.png is read, and would be"),
         ("predict {tmp}/deep.png --box 1,2,3,4 --out {tmp}/m.png", "more than 8 bits"),
         ("predict {tmp}/i.png --box 1,2,3,4 --crop 0.5 --out {tmp}/m.png", "crop must be 0"),
         ("evaluate --domain clean --json {tmp}/none/r.json", "in one that is not there"),
@@ -266,7 +281,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     (tmp_path / "file").touch()
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "odd.json").write_text('{"lora.rnk": 4}')
-    Image.new("RGB", (20, 20)).save(tmp_path / "i.png")
+    Image.new("RGB", (30, 20)).save(tmp_path / "i.png")
     Image.new("I;16", (20, 20)).save(tmp_path / "deep.png")
     try:
         code = main(arguments.format(tmp=tmp_path).split())
@@ -274,9 +289,15 @@ def test_bad_input_is_one_line_and_exit_code_2(
         code = e.code  # type: ignore[assignment]
     error = capsys.readouterr().err
     assert code == 2
-    assert message in error
+    assert message.format(tmp=tmp_path) in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_a_box_may_reach_beyond_the_image(tmp_path: Path) -> None:
+    Image.new("RGB", (30, 20)).save(tmp_path / "i.png")
+    for given in (["--box=-5,-5,40,10"], ["--point", "30,20"]):
+        assert main(["predict", str(tmp_path / "i.png"), *given, "--out", str(tmp_path / "m.png")]) == 0
 
 
 def test_the_next_command_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
