@@ -294,6 +294,33 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("device", "gpus", "message"),
+    [
+        ("cuda:9", 2, "cuda:9 is not there: this machine's last GPU is cuda:1"),
+        ("cuda:zzz", 2, "cuda:zzz is neither cpu nor cuda, nor cuda:N"),
+        ("mps", 2, "mps is neither cpu nor cuda"),
+        ("cuda:0", 0, "this machine has no GPU"),
+        ("cuda:1", 2, "no adapter in no/where"),
+        ("cpu", 0, "no adapter in no/where"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(
+    device: str, gpus: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    command = ["predict", "i.png", "--box", "1,2,3,4", "--adapter", "no/where", "--out", "m.png", "--device", device]
+    try:
+        code = main(command)
+    except SystemExit as e:
+        code = e.code  # type: ignore[assignment]
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
 def test_a_box_may_reach_beyond_the_image(tmp_path: Path) -> None:
     Image.new("RGB", (30, 20)).save(tmp_path / "i.png")
     for given in (["--box=-5,-5,40,10"], ["--point", "30,20"]):
