@@ -150,6 +150,7 @@ def make_parser(run: Mapping[str, Command]) -> Parser:
         help="a hyperparameter, as in lora.rank=8",
     )  # fmt: skip
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the adapter")
+    p.add_argument("--overwrite", action="store_true", help="replace the adapter that is in --out")
     result(p)
 
     p = command("compare", "Adapt with several methods and seeds; score each one's best checkpoint on test.")

@@ -79,6 +79,31 @@ def test_an_adaptation_can_be_repeated_from_its_record(coco_folder: Path, tmp_pa
     assert two["curve"] == one["curve"][:2]
 
 
+def test_an_adapter_is_overwritten_only_when_told_to(
+    coco_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "adapter"
+    command = ["adapt", "--domain", str(coco_folder), "--out", str(out), "--steps", "1", "--set", "eval_every=1"]
+    assert main(command) == 0
+    before = {f.name: f.read_bytes() for f in out.iterdir()}
+    capsys.readouterr()
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert f"error: {out} holds an adapter (adapter_config.json): give another --out, or --overwrite" in error
+    assert error.count("\n") == 1
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == before
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wesam.training.keep_best", stopped)
+        assert main([*command, "--overwrite"]) == 130
+    assert not (out / "adaptation.json").exists(), "it tells of the adapter of before"
+    assert main([*command, "--overwrite"]) == 0
+    assert (out / "adaptation.json").is_file()
+
+
 def test_the_model_is_the_one_that_the_adapter_is_for(coco_folder: Path, tmp_path: Path) -> None:
     sam = build_nano(Shape(side=64, width=24, depth=2, heads=2, whole=(1,), channels=16)).eval()
     sam.name_or_path = "nano"
