@@ -168,6 +168,15 @@ def made_for(directory: Path) -> str:
         return name
 
 
+def is_adapter(directory: Path) -> bool:
+    """Whether the folder holds an adapter as :meth:`AdaptedSam.save` writes it, by its configuration."""
+    try:
+        _said(directory)
+    except InputError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def _reading(directory: Path) -> Iterator[None]:
     """Within this, an InputError says which adapter it is about; without a configuration there is none."""

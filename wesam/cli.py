@@ -16,7 +16,7 @@ from PIL import Image
 from segment_anything.modeling import Sam
 
 from wesam import training
-from wesam.adapters import AdaptedSam, made_for
+from wesam.adapters import WEIGHTS_FILE, AdaptedSam, made_for
 from wesam.anchor import Anchor
 from wesam.console import guarded, line, progress, table, write_json
 from wesam.data import NOTES, PUBLISHED, SPLITS, Domain, Split, load_domain, located
@@ -30,7 +30,7 @@ from wesam.methods import method_preset
 from wesam.options import Command, given_domain, make_parser
 from wesam.overlay import contact_sheet, overlay
 from wesam.prompts import Prompts
-from wesam.sam import REGISTRY, describe, fetch_model, load_sam, write_weights
+from wesam.sam import REGISTRY, describe, fetch_model, find_model, load_sam, write_weights
 
 SMALL = 0.1
 """Of the image's longer side: instances below it are a few pixels long to a model, as nuclei in microscopy are."""
@@ -178,9 +178,15 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
+    for out in (args.out, args.overlay):
+        if out:
+            _spared(out, args.image)
     model, _ = _model(args)
     image = torch.from_numpy(read_image(args.image).copy()).permute(2, 0, 1)
     prompts = _points(args.point) if args.point else _box(args.box or args.tight_box, tight=bool(args.tight_box))
+    if _beside(prompts, (image.shape[1], image.shape[2])):
+        what, size = "a click" if args.point else "the box", f"{image.shape[2]} x {image.shape[1]}"
+        raise InputError(f"{what} lies beside the image: {args.image} has {size} pixels")
     masks, iou = predict(model, image, prompts, crop=args.crop)
     _save(Image.fromarray(masks[0].numpy().astype(np.uint8) * 255), args.out)
     if args.overlay:
@@ -197,6 +203,8 @@ def _export(args: argparse.Namespace) -> None:
         raise InputError("--base goes with --peft DIR")
     folder = adapter_folder(args.adapter)
     name = args.model or made_for(folder)
+    if args.merge:
+        _spared(args.merge, find_model(name), folder / WEIGHTS_FILE)
     sam = load_sam(name)
     model = AdaptedSam.load(sam, folder)
     if args.merge:
@@ -234,6 +242,15 @@ def _points(texts: list[str]) -> Prompts:
     return Prompts(points=torch.tensor([[c[:2] for c in clicks]]), point_labels=torch.tensor([labels]).int())
 
 
+def _beside(prompts: Prompts, size: tuple[int, int]) -> bool:
+    """Whether any box does not meet an image of this (height, width), or any click does not lie on it."""
+    end = torch.tensor([size[1], size[0]])
+    if prompts.boxes is not None:
+        return bool(((prompts.boxes[:, 2:] <= 0) | (prompts.boxes[:, :2] >= end)).any())
+    assert prompts.points is not None
+    return bool(((prompts.points < 0) | (prompts.points > end)).any())
+
+
 def _numbers(text: str, what: str, counts: tuple[int, ...]) -> list[float]:
     try:
         values = [float(v) for v in text.split(",")]
@@ -242,6 +259,13 @@ def _numbers(text: str, what: str, counts: tuple[int, ...]) -> list[float]:
     if len(values) not in counts or not all(map(math.isfinite, values)):
         raise InputError(f"expected {what}, got {text!r}")
     return values
+
+
+def _spared(out: Path, *read: Path) -> None:
+    """Raises InputError if a file to be written is one of those that are read."""
+    with suppress(OSError):  # one of them is not there
+        if any(out.samefile(file) for file in read):
+            raise InputError(f"{out} is read, and would be overwritten: give another file")
 
 
 def _save(picture: Image.Image, path: Path) -> None:

@@ -186,8 +186,10 @@ def predict(
     image: uint8 [3, H, W], RGB. prompts: N of them, in pixels of this image. crop: show the model, for each prompt,
     only a square window around it, whose side is this many longer sides of what the prompt spans; 0 shows the whole
     image, None does as the model was adapted. Returns masks, bool [N, H, W], and the IoU that the model predicts for
-    each, float [N]. The masks of boxes that are said to be tight are cut to them.
+    each, float [N]. The masks of boxes that are said to be tight are cut to them. N may be 0.
     """
+    if not len(prompts):
+        return torch.zeros(0, *image.shape[1:], dtype=torch.bool), torch.zeros(0)
     crop = crop_of(model, crop)
     where = windows(prompts, (image.shape[1], image.shape[2]), crop) if crop else None
     return _predict(model, image, prompts, where)

@@ -15,7 +15,7 @@ import peft
 from safetensors.torch import load_file, save_file
 from segment_anything.modeling import ImageEncoderViT, Sam
 
-from wesam.adapters import WEIGHTS_FILE, AdaptedSam
+from wesam.adapters import WEIGHTS_FILE, AdaptedSam, is_adapter
 from wesam.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,8 +66,11 @@ def export_peft(sam: Sam, adapter: Path, out: Path, *, base: bool = False) -> st
 
     sam: the model that it is for. base: write the model itself, too, as is always done with one that the hub does not
     have. Returns the ``model`` to load it on: a name on the hub, or the folder written. Raises InputError for an
-    adapter that does not fit, for models that transformers does not have, and for a folder that cannot be written.
+    adapter that does not fit, for models that transformers does not have, and for a folder that cannot be written or
+    holds an adapter as wesam itself has it.
     """
+    if is_adapter(out):
+        raise InputError(f"{out} holds an adapter of wesam's, which would be overwritten: give another folder")
     if (train := AdaptedSam.load(sam, adapter).train) != "lora":
         raise InputError(f"this adapter holds more than LoRA matrices (train is {train}): use --merge")
     _convertible(sam)

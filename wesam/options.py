@@ -150,6 +150,7 @@ def make_parser(run: Mapping[str, Command]) -> Parser:
         help="a hyperparameter, as in lora.rank=8",
     )  # fmt: skip
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the adapter")
+    p.add_argument("--overwrite", action="store_true", help="replace the adapter that is in --out")
     result(p)
 
     p = command("compare", "Adapt with several methods and seeds; score each one's best checkpoint on test.")
@@ -234,13 +235,19 @@ def given_domain(args: argparse.Namespace) -> Domain:
 
 def _device(text: str) -> str:
     """What ``--device`` is given, if it is there."""
-    there = torch.cuda.is_available()
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if text == "auto":
-        return "cuda" if there else "cpu"
-    if text.partition(":")[0] not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"{text} is neither cpu nor cuda")
-    if text != "cpu" and not there:
+        return "cuda" if count else "cpu"
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text} is neither cpu nor cuda, nor cuda:N for one of several GPUs")
+    if device.type == "cuda" and not count:
         raise argparse.ArgumentTypeError("this machine has no GPU that PyTorch can use")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise argparse.ArgumentTypeError(f"{text} is not there: this machine's last GPU is cuda:{count - 1}")
     return text
 
 

@@ -14,6 +14,7 @@ import torch
 from segment_anything.modeling import Sam
 
 from wesam.adapt import Report, adapt, checked, keep_best
+from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE
 from wesam.bench import bench_step
 from wesam.compare import compare, cross
 from wesam.config import Config, preset, read_config
@@ -24,6 +25,9 @@ from wesam.memory import reckon
 from wesam.methods import check_read, method_preset
 from wesam.options import given_domain
 from wesam.sam import REGISTRY, load_sam, random_sam
+
+RECORD = "adaptation.json"
+"""Beside an adapter when its adaptation is over: what it was made with, and its scores at each step."""
 
 
 def run_adapt(args: argparse.Namespace) -> None:
@@ -37,7 +41,7 @@ def run_adapt(args: argparse.Namespace) -> None:
     check_read(config, [config.method])
     checked(domain, config)
     vanished = _vanished(sam, domain, [config])
-    _writable(args.out)
+    _ready(args.out, overwrite=args.overwrite)
     curve: list[dict[str, float]] = []
     began = time.monotonic()
 
@@ -65,7 +69,7 @@ def run_adapt(args: argparse.Namespace) -> None:
     if best.step == 0:
         print("no step was better on val than the unadapted model: the adapter changes nothing")
     record = {**row, "vanished": vanished, "config": config.flat(), "data": domain.digest, "curve": curve}
-    write_json(args.out / "adaptation.json", record)
+    write_json(args.out / RECORD, record)
     write_json(args.json, row)
 
 
@@ -184,10 +188,18 @@ def _vanished(sam: Sam, domain: Domain, configs: Iterable[Config]) -> int:
     return count
 
 
-def _writable(folder: Path) -> None:
+def _ready(folder: Path, *, overwrite: bool) -> None:
+    """Makes the folder for an adapter; raises InputError if it cannot be written, or holds what would be overwritten.
+
+    overwrite: what is there may go. Its record goes at once, as it would tell of another adapter from the first step.
+    """
+    kept = [name for name in (CONFIG_FILE, WEIGHTS_FILE, RECORD) if (folder / name).exists()]
+    if kept and not overwrite:
+        raise InputError(f"{folder} holds an adapter ({kept[0]}): give another --out, or --overwrite to replace it")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (probe := folder / ".probe").touch()
         probe.unlink()
+        (folder / RECORD).unlink(missing_ok=True)
     except OSError as e:
         raise InputError(f"cannot write to {folder}: {e.strerror}") from None

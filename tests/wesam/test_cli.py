@@ -79,6 +79,31 @@ def test_an_adaptation_can_be_repeated_from_its_record(coco_folder: Path, tmp_pa
     assert two["curve"] == one["curve"][:2]
 
 
+def test_an_adapter_is_overwritten_only_when_told_to(
+    coco_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "adapter"
+    command = ["adapt", "--domain", str(coco_folder), "--out", str(out), "--steps", "1", "--set", "eval_every=1"]
+    assert main(command) == 0
+    before = {f.name: f.read_bytes() for f in out.iterdir()}
+    capsys.readouterr()
+    assert main(command) == 2
+    error = capsys.readouterr().err
+    assert f"error: {out} holds an adapter (adapter_config.json): give another --out, or --overwrite" in error
+    assert error.count("\n") == 1
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == before
+
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wesam.training.keep_best", stopped)
+        assert main([*command, "--overwrite"]) == 130
+    assert not (out / "adaptation.json").exists(), "it tells of the adapter of before"
+    assert main([*command, "--overwrite"]) == 0
+    assert (out / "adaptation.json").is_file()
+
+
 def test_the_model_is_the_one_that_the_adapter_is_for(coco_folder: Path, tmp_path: Path) -> None:
     sam = build_nano(Shape(side=64, width=24, depth=2, heads=2, whole=(1,), channels=16)).eval()
     sam.name_or_path = "nano"
@@ -102,6 +127,19 @@ def test_an_adapter_is_merged_into_plain_weights(coco_folder: Path, tmp_path: Pa
         scores.append(json.loads(result.read_text())["miou"])
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)
     assert abs(scores[0] - scores[2]) > 0.002, "the adapter changes something"
+
+
+@pytest.mark.parametrize("name", ["own.safetensors", "link.safetensors", "adapter/adapter_model.safetensors"])
+def test_what_is_merged_is_not_overwritten(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_weights(load_sam("nano"), weights := tmp_path / "own.safetensors")
+    (tmp_path / "link.safetensors").symlink_to(weights)
+    AdaptedSam(load_sam(str(weights)), LoraConfig(rank=2)).save(tmp_path / "adapter")
+    before = (tmp_path / name).read_bytes()
+    command = ["export", "--model", str(weights), "--adapter", str(tmp_path / "adapter"), "--merge"]
+    assert main([*command, str(tmp_path / name)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / name} is read, and would be overwritten: give another file\n"
+    assert (tmp_path / name).read_bytes() == before
+    assert main([*command, str(tmp_path / "merged.pth")]) == 0
 
 
 def test_an_adapter_is_written_for_transformers(
@@ -164,7 +202,8 @@ def test_check_lists_all_faults_of_listings_and_of_images(
     assert main(["check", str(coco_folder), "--json", str(tmp_path / "r.json")]) == 1
     report = json.loads((tmp_path / "r.json").read_text())
     assert len(report["errors"]) == 2
-    assert "has no image images/val-1.png" in report["errors"][0]
+    assert "1 of 2 images of" in report["errors"][0]
+    assert f"missing, such as images/val-1.png; looked in {coco_folder}" in report["errors"][0]
     assert "train-0.png" in report["errors"][1]
     assert [s["images"] for s in report["splits"]] == [3, 1, 2]
     assert main(["evaluate", "--domain", str(coco_folder)]) == 2
@@ -236,6 +275,21 @@ def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
         ("predict {tmp}/i.png --point 5,5 --out {tmp}/none/m.png", "cannot write"),
         ("predict {tmp}/i.png --point 5,nan --out {tmp}/m.png", "expected a click"),
         ("predict {tmp}/i.png --point 5,5,0.5 --out {tmp}/m.png", "labelled 1"),
+        (
+            "predict {tmp}/i.png --box 30,2,35,9 --out {tmp}/m.png",
+            "the box lies beside the image: {tmp}/i.png has 30 x 20",
+        ),
+        ("predict {tmp}/i.png --tight-box=1,-9,3,0 --out {tmp}/m.png", "the box lies beside the image"),
+        (
+            "predict {tmp}/i.png --point 5,5 5,25,0 --out {tmp}/m.png",
+            "a click lies beside the image: {tmp}/i.png has 30 x 20",
+        ),
+        ("predict {tmp}/i.png --point=-1,5 --out {tmp}/m.png", "a click lies beside the image"),
+        (
+            "predict {tmp}/i.png --box 1,2,3,4 --out {tmp}/../{tmp.name}/i.png",
+            "would be overwritten: give another file",
+        ),
+        ("predict {tmp}/i.png --box 1,2,3,4 --out {tmp}/m.png --overlay {tmp}/i.png", "i.png is read, and would be"),
         ("predict {tmp}/deep.png --box 1,2,3,4 --out {tmp}/m.png", "more than 8 bits"),
         ("predict {tmp}/i.png --box 1,2,3,4 --crop 0.5 --out {tmp}/m.png", "crop must be 0"),
         ("evaluate --domain clean --json {tmp}/none/r.json", "in one that is not there"),
@@ -252,7 +306,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     (tmp_path / "file").touch()
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "odd.json").write_text('{"lora.rnk": 4}')
-    Image.new("RGB", (20, 20)).save(tmp_path / "i.png")
+    Image.new("RGB", (30, 20)).save(tmp_path / "i.png")
     Image.new("I;16", (20, 20)).save(tmp_path / "deep.png")
     try:
         code = main(arguments.format(tmp=tmp_path).split())
@@ -260,9 +314,42 @@ def test_bad_input_is_one_line_and_exit_code_2(
         code = e.code  # type: ignore[assignment]
     error = capsys.readouterr().err
     assert code == 2
-    assert message in error
+    assert message.format(tmp=tmp_path) in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "message"),
+    [
+        ("cuda:9", 2, "cuda:9 is not there: this machine's last GPU is cuda:1"),
+        ("cuda:zzz", 2, "cuda:zzz is neither cpu nor cuda, nor cuda:N"),
+        ("mps", 2, "mps is neither cpu nor cuda"),
+        ("cuda:0", 0, "this machine has no GPU"),
+        ("cuda:1", 2, "no adapter in no/where"),
+        ("cpu", 0, "no adapter in no/where"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(
+    device: str, gpus: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    command = ["predict", "i.png", "--box", "1,2,3,4", "--adapter", "no/where", "--out", "m.png", "--device", device]
+    try:
+        code = main(command)
+    except SystemExit as e:
+        code = e.code  # type: ignore[assignment]
+    error = capsys.readouterr().err
+    assert code == 2
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_box_may_reach_beyond_the_image(tmp_path: Path) -> None:
+    Image.new("RGB", (30, 20)).save(tmp_path / "i.png")
+    for given in (["--box=-5,-5,40,10"], ["--point", "30,20"]):
+        assert main(["predict", str(tmp_path / "i.png"), *given, "--out", str(tmp_path / "m.png")]) == 0
 
 
 def test_the_next_command_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

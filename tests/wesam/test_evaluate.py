@@ -45,6 +45,23 @@ def test_masks_are_cut_to_boxes_that_are_said_to_be_tight(crop: float) -> None:
     assert torch.equal(iou, same)
 
 
+@pytest.mark.parametrize("crop", [0, 2])
+@pytest.mark.parametrize(
+    "none",
+    [
+        Prompts(boxes=torch.zeros(0, 4)),
+        Prompts(boxes=torch.zeros(0, 4), tight=True),
+        Prompts(points=torch.zeros(0, 5, 2), point_labels=torch.zeros(0, 5).int()),
+        Prompts(polygons=()),
+    ],
+    ids=["boxes", "tight boxes", "points", "polygons"],
+)
+def test_no_prompts_give_no_masks(sam: Sam, none: Prompts, crop: float) -> None:
+    masks, iou = predict(sam, torch.zeros(3, 20, 30, dtype=torch.uint8), none, crop=crop)
+    assert (masks.shape, masks.dtype) == ((0, 20, 30), torch.bool)
+    assert (iou.shape, iou.dtype) == ((0,), torch.float32)
+
+
 def test_the_label_free_score_of_masks_that_are_cut_is_that_of_the_whole_ones() -> None:
     some = load_domain("clean").split("val")[:2]
     free, cut = (evaluate(load_sam("nano"), some, kind, label_free=True) for kind in ("box", "tight-box"))  # type: ignore[arg-type]

@@ -130,3 +130,12 @@ def test_what_transformers_does_not_have_is_refused(tmp_path: Path) -> None:
     adapted(sam, tmp_path / "adapter", "qkv")
     with pytest.raises(InputError, match="transformers has no vit_t"):
         export_peft(sam, tmp_path / "adapter", tmp_path / "peft")
+
+
+def test_an_adapter_of_ours_is_not_overwritten_by_one_for_transformers(sam: Sam, tmp_path: Path) -> None:
+    for name in ("adapter", "other"):
+        adapted(sam, tmp_path / name, "qkv")
+    for name in ("adapter", "other"):
+        with pytest.raises(InputError, match=f"{name} holds an adapter of wesam's, which would be overwritten"):
+            export_peft(sam, tmp_path / "adapter", tmp_path / name)
+        AdaptedSam.load(sam, tmp_path / name)

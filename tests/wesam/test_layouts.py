@@ -282,6 +282,68 @@ def single(folder: Path, count: int = 10) -> None:
     (folder / "annotations/instances_default.json").write_text(json.dumps(listing))
 
 
+def listings(folder: Path, listing: str, images: str, parts: tuple[str, ...] = SPLITS) -> None:
+    """Three images for each part, ``{}`` in the names being the part; all parts have files of the same names."""
+    for part in parts:
+        single(whole := folder / f"whole-{part}", 3)
+        shutil.copytree(whole / "images", folder / images.format(part), dirs_exist_ok=True)
+        (folder / listing.format(part)).parent.mkdir(exist_ok=True)
+        shutil.move(whole / "annotations/instances_default.json", folder / listing.format(part))
+        shutil.rmtree(whole)
+
+
+@pytest.mark.parametrize("images", ["", "images", "{}", "images/{}"])
+@pytest.mark.parametrize("listing", ["{}.json", "annotations/instances_{}.json", "annotations/{}.json"])
+def test_a_listing_for_each_split_and_its_images_where_they_usually_are(
+    tmp_path: Path, listing: str, images: str
+) -> None:
+    listings(tmp_path / "cells", listing, images)
+    domain = load_domain(str(tmp_path / "cells"))
+    assert domain.name == "cells"
+    for split in SPLITS:
+        place = f"{images.format(split)}/" if images else ""
+        assert [s.key for s in domain.split(split)] == [f"cells/{split}/{place}{n}.png" for n in range(3)]
+    with pytest.raises(InputError, match="has splits of its own"):
+        load_domain(f"{tmp_path}/cells@70/10/20")
+    file = tmp_path / "cells" / listing.format("train")
+    assert [len(load_domain(str(file)).split(s)) for s in SPLITS] == [1, 1, 1]
+    file.with_name(listing.format("test").rpartition("/")[2]).unlink()
+    load_domain.cache_clear()
+    with pytest.raises(InputError, match=rf"no {listing.format('test')} in .*cells: a domain has .*cut at random"):
+        load_domain(str(tmp_path / "cells"))
+
+
+def test_one_listing_in_annotations_is_no_split(tmp_path: Path) -> None:
+    listings(tmp_path, "annotations/instances_{}.json", "{}", ("train",))
+    assert [len(load_domain(str(tmp_path)).split(s)) for s in SPLITS] == [1, 1, 1]
+
+
+def test_a_listing_is_named_from_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listings(tmp_path / "cells", "annotations/instances_{}2014.json", "{}2014", ("train", "val"))
+    with pytest.raises(InputError, match="several COCO listings: name one of"):
+        load_domain(str(tmp_path / "cells"))
+    name = "annotations/instances_val2014.json"
+    monkeypatch.chdir(tmp_path / "cells")
+    assert len(load_domain(name).split("train")) == 1
+    monkeypatch.chdir(tmp_path / "cells/annotations")
+    assert load_domain(located(Path(name).name)).name == "cells"
+
+
+def test_missing_images_are_one_line(tmp_path: Path) -> None:
+    listings(tmp_path, "annotations/instances_{}.json", "images/{}")
+    (tmp_path / "images/val/1.png").unlink()
+    with pytest.raises(InputError) as caught:
+        load_domain(str(tmp_path))
+    file = tmp_path / "annotations/instances_val.json"
+    assert str(caught.value) == f"1 of 3 images of {file} are missing, such as 1.png; looked in {tmp_path}/images/val"
+    shutil.rmtree(tmp_path / "images/val")
+    load_domain.cache_clear()
+    with pytest.raises(InputError) as caught:
+        load_domain(str(tmp_path))
+    looked = ", ".join(f"{tmp_path}{p}" for p in ("", "/images", "/val", "/images/val", "/annotations"))
+    assert str(caught.value) == f"3 of 3 images of {file} are missing, such as 0.png; looked in {looked}"
+
+
 def test_one_listing_is_cut_by_shares_and_seed(tmp_path: Path) -> None:
     single(tmp_path / "cells")
     place = str(tmp_path / "cells")
@@ -297,8 +359,8 @@ def test_one_listing_is_cut_by_shares_and_seed(tmp_path: Path) -> None:
     assert load_domain(f"{place}@40/30/30@1+fog:1").name == "cells+fog1"
     file = f"{place}/annotations/instances_default.json"
     assert located(f"{place}@70/10/20") == f"{place}@70/10/20"
-    with pytest.raises(InputError, match=r"has no image .*0\.png, which is listed"):
-        load_domain(file)  # its images do not lie beside it
+    assert load_domain(file).name == "cells"
+    assert load_domain(file).digest == load_domain(place).digest
     with pytest.raises(InputError, match="three numbers above 0"):
         load_domain(f"{place}@70/0/30")
     (tmp_path / "cells/other.json").write_text(Path(file).read_text())

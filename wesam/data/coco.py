@@ -16,19 +16,22 @@ from wesam.errors import InputError
 
 Json = dict[str, Any]
 
+SOME = 20
+"""So many images, the first of a listing, tell in which folder its images are."""
+
 
 def listed(
-    folder: Folder, name: str, images: str, digest: hashlib._Hash, found: Findings, *, all_images: bool = False,
-    unlabelled: bool = False,
+    folder: Folder, name: str, places: Sequence[str], digest: hashlib._Hash, found: Findings, *,
+    all_images: bool = False, unlabelled: bool = False,
 ) -> list[Entry] | None:  # fmt: skip
-    """The images with instances in the listing of this name, in its order; None if it is unusable.
+    """The images with instances in the listing of this name that are there, in its order; None if it is unusable.
 
-    images: what goes before each ``file_name``: a folder with "/" at its end, or nothing; then they may also lie in
-    ``images/``. all_images: those without instances too. unlabelled: all images, if there is
-    no annotation. Masks are polygons, compressed or uncompressed RLE. Where no annotation of the listing has a
-    ``segmentation``, its ``bbox`` and ``keypoints`` are the given weak labels: a keypoint with v = 2 is a click on the
-    object, with v = 1 one beside it. Crowd regions are left out; annotations that are wrong are left out too, and
-    listed in ``found``. The listing and its images' sizes in bytes go into the digest.
+    places: what may go before each ``file_name``, a folder with "/" at its end, or nothing: one of them for the whole
+    listing. all_images: those without instances too. unlabelled: all images, if there is no annotation. Masks are
+    polygons, compressed or uncompressed RLE. Where no annotation of the listing has a ``segmentation``, its ``bbox``
+    and ``keypoints`` are the given weak labels: a keypoint with v = 2 is a click on the object, with v = 1 one beside
+    it. Crowd regions are left out; annotations that are wrong are left out too, and listed in ``found``, as is, in one
+    line, how many images are missing. The listing and its images' sizes in bytes go into the digest.
     """
     path = folder.path(name)
     try:
@@ -53,20 +56,33 @@ def listed(
     before = len(found.fatal)
     known = _images(path, listing["images"], found)
     instances = _instances(path, listing["annotations"], known, found)
-    first = next((i["file_name"] for i in known.values()), "")
-    if not images and first not in folder and f"images/{first}" in folder:
-        images = "images/"
+    place = _place(folder, [i["file_name"] for i in known.values()], places)
     entries = [
-        Entry(images + i["file_name"], (i["height"], i["width"]), instances[i["id"]])
+        Entry(place + i["file_name"], (i["height"], i["width"]), instances[i["id"]])
         for i in known.values()
         if instances[i["id"]] or all_images or (unlabelled and not listing["annotations"])
     ]
+    if not entries and len(found.fatal) == before:
+        found.fatal.append(f"{path} has no image with an instance")
+    missing = []
     for entry in entries:
         if entry.name in folder:
             digest.update(f"{entry.name} {folder.size(entry.name)}\n".encode())
-    if not entries and len(found.fatal) == before:
-        found.fatal.append(f"{path} has no image with an instance")
-    return entries
+        elif entry.instances or not all_images:
+            missing.append(entry.name)
+    if missing:
+        looked = places if len(missing) == len(entries) else [place]
+        found.fatal.append(
+            f"{len(missing)} of {len(entries)} images of {path} are missing, such as "
+            f"{missing[0].removeprefix(place)}; looked in {', '.join(folder.path(p).rstrip('/') for p in looked)}"
+        )
+    gone = set(missing)
+    return [e for e in entries if e.name not in gone]
+
+
+def _place(folder: Folder, names: Sequence[str], places: Sequence[str]) -> str:
+    """The place that holds most of the first images; of several the first one."""
+    return max(places, key=lambda place: sum(place + name in folder for name in names[:SOME]))
 
 
 def is_listing(folder: Folder, name: str) -> bool:

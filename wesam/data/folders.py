@@ -73,8 +73,7 @@ def read_folder(place: str) -> Domain:
     """
     place, cut = parse_cut(place)
     if place.endswith(".json"):
-        parent, _, name = place.rpartition("/")
-        return _one_listing(Folder(parent or "."), name, cut)
+        return _one_listing(*_rooted(place), cut)
     folder = Folder(place)
     splits = _listings(folder)
     if splits:
@@ -101,27 +100,50 @@ def _uncut(cut: Cut | None, found: Domain, place: str) -> Domain:
     return found
 
 
-def _listings(folder: Folder) -> dict[str, tuple[str, str]]:
-    """The listing of each split and what goes before the names of its images; empty for another layout."""
-    plain = {s: (f"{s}.json", "") for s in SPLITS}
-    if any(name in folder for name, _ in plain.values()):
-        return plain
+def _rooted(file: str) -> tuple[Folder, str]:
+    """The folder that a listing is of, and its name there: one in ``annotations/`` is of the folder above that."""
+    parts = file.split("/")
+    name = "/".join(parts[-2:] if parts[-2:-1] == ["annotations"] else parts[-1:])
+    return Folder(file.removesuffix(name) or "."), name
+
+
+def _listings(folder: Folder) -> dict[str, tuple[str, Sequence[str]]]:
+    """The listing of each split and the places where its images may be; empty for another layout.
+
+    One listing alone in ``annotations/`` is no split, whatever it is called: it is cut at random.
+    """
+    for form, least in (("{}.json", 1), ("annotations/instances_{}.json", 2), ("annotations/{}.json", 2)):
+        names = {s: form.format(s) for s in SPLITS}
+        if sum(name in folder for name in names.values()) >= least:
+            return {s: (name, _places(name)) for s, name in names.items()}
     nested = {
-        s: (f"{d}/_annotations.coco.json", f"{d}/")
-        for s, names in NAMES_OF_SPLITS.items() for d in names if f"{d}/_annotations.coco.json" in folder
+        s: d for s, names in NAMES_OF_SPLITS.items() for d in names if f"{d}/_annotations.coco.json" in folder
     }  # fmt: skip
-    return nested and {s: nested.get(s, (f"{s}/_annotations.coco.json", f"{s}/")) for s in SPLITS}
+    if not nested:
+        return {}
+    return {s: (f"{d}/_annotations.coco.json", (f"{d}/",)) for s in SPLITS for d in (nested.get(s, s),)}
 
 
-def _three_listings(folder: Folder, listings: Mapping[str, tuple[str, str]]) -> Domain:
+def _places(name: str) -> Sequence[str]:
+    """Where in a domain's folder the images of a listing may be; ``a`` for one called a or instances_a."""
+    file = PurePosixPath(name)
+    part = file.stem.removeprefix("instances_")
+    own = f"{file.parent}/" if "/" in name else ""
+    return tuple(dict.fromkeys(("", "images/", f"{part}/", f"images/{part}/", own)))
+
+
+def _three_listings(folder: Folder, listings: Mapping[str, tuple[str, Sequence[str]]]) -> Domain:
     digest, found = hashlib.sha256(), Findings()
     entries = {}
-    for split, (name, images) in listings.items():
+    for split, (name, places) in listings.items():
         if name not in folder:
             wanted = [n for n, _ in listings.values()]
-            found.fatal.append(f"no {name} in {folder.place}: a domain has {wanted[0]}, {wanted[1]} and {wanted[2]}")
+            found.fatal.append(
+                f"no {name} in {folder.place}: a domain has {wanted[0]}, {wanted[1]} and {wanted[2]}; "
+                "one that is named itself is cut at random"
+            )
         else:
-            entries[split] = listed(folder, name, images, digest, found, unlabelled=split == "train") or []
+            entries[split] = listed(folder, name, places, digest, found, unlabelled=split == "train") or []
     note = f"COCO instances in {folder.place}"
     return domain(folder, entries, found, digest.hexdigest(), note, keyed_by_split=True)
 
@@ -129,7 +151,7 @@ def _three_listings(folder: Folder, listings: Mapping[str, tuple[str, str]]) -> 
 def _one_listing(folder: Folder, name: str, cut: Cut | None) -> Domain:
     digest, found = hashlib.sha256(), Findings()
     cut = cut or Cut()
-    entries = listed(folder, name, "", digest, found)
+    entries = listed(folder, name, _places(name), digest, found)
     if entries is None or (found.fatal and len(entries) < len(SPLITS)):
         raise InputError("\n".join(found.fatal))
     digest.update(f"{cut}".encode())
@@ -166,7 +188,8 @@ def _read_published(folder: Folder, layout: Published) -> Domain:
         digest = digest_of(folder, entries)
     else:
         made = hashlib.sha256()
-        images = listed(folder, *layout.listing, made, findings, all_images=True) or []
+        name, place = layout.listing
+        images = listed(folder, name, [place], made, findings, all_images=True) or []
         entries = {k: [e for e in part if e.instances] for k, part in every_nth(by_name(images), 7).items()}
         digest = made.hexdigest()
     note = f"{layout.title} in {folder.place}; terms: {layout.terms}"

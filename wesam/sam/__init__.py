@@ -75,9 +75,9 @@ def model_names() -> list[str]:
     return list(REGISTRY)
 
 
-def find_model(model: str) -> None:
-    """Raises InputError, with what to do, unless :func:`load_sam` has what it needs to load this model."""
-    _find(model)
+def find_model(model: str) -> Path:
+    """The weights file that :func:`load_sam` reads for this model; raises InputError, with what to do, without one."""
+    return _find(model)[1]
 
 
 def fetch_model(name: str) -> Path:
