@@ -17,12 +17,12 @@ from wesam.adapt import Report, adapt, checked, keep_best
 from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE
 from wesam.bench import bench_step
 from wesam.compare import compare, cross
-from wesam.config import Config, preset, read_config
+from wesam.config import PRESETS, Config, preset, read_config
 from wesam.console import line, table, write_json
 from wesam.data import Domain
-from wesam.errors import InputError
+from wesam.errors import InputError, unknown
 from wesam.memory import reckon
-from wesam.methods import check_read, method_preset
+from wesam.methods import check_read, get_method, method_preset
 from wesam.options import given_domain
 from wesam.sam import REGISTRY, load_sam, random_sam
 
@@ -33,11 +33,7 @@ RECORD = "adaptation.json"
 def run_adapt(args: argparse.Namespace) -> None:
     """Adapts a model to a domain and keeps the adapter that is best on val."""
     sam, domain = load_sam(args.model).to(args.device), given_domain(args)
-    if args.config:
-        start = read_config(args.config)
-    else:
-        start = preset(args.preset) if args.preset else method_preset(args.model, args.method or "wesam")
-    config = start.replace(_changes(args)).parse(_set(args))
+    config = _start(args).replace(_changes(args)).parse(_set(args))
     check_read(config, [config.method])
     checked(domain, config)
     vanished = _vanished(sam, domain, [config])
@@ -186,6 +182,18 @@ def _vanished(sam: Sam, domain: Domain, configs: Iterable[Config]) -> int:
             file=sys.stderr,
         )
     return count
+
+
+def _start(args: argparse.Namespace) -> Config:
+    """Where the configuration begins: a file, or a preset or the model's defaults, with what the method changes."""
+    if args.preset and args.preset not in PRESETS:
+        raise unknown("preset", args.preset, PRESETS)
+    if not args.config:
+        return method_preset(args.preset or args.model, args.method or "wesam")
+    found = read_config(args.config)
+    if args.method in (None, found.method):
+        return found
+    return found.replace({"method": args.method, **get_method(args.method).defaults})
 
 
 def _ready(folder: Path, *, overwrite: bool) -> None:

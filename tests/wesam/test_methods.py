@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import math
+from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args
@@ -16,7 +18,7 @@ from wesam import losses as L
 from wesam.adapt import adapt, draw, train
 from wesam.adapters import AdaptedSam
 from wesam.anchor import Anchor
-from wesam.config import Config, LoraConfig, PromptKind, Train
+from wesam.config import Config, LoraConfig, PromptKind, Train, Value
 from wesam.data import Domain, load_domain
 from wesam.errors import InputError
 from wesam.export import export_peft
@@ -27,6 +29,7 @@ from wesam.methods.wdass import corrected, to_prototypes
 from wesam.methods.wesam_plus import against_label, covered, exclusive
 from wesam.prompts import Prompts, tight_boxes
 from wesam.sam.promptable import in_pixels
+from wesam.training import _start
 
 KINDS: tuple[PromptKind, ...] = ("box", "point", "coarse")
 
@@ -260,3 +263,26 @@ def test_features_are_drawn_to_their_own_prototype() -> None:
     assert (losses[1] > 3).all()
     empty = to_prototypes(good, torch.zeros_like(left), beside, batch, 0.3)
     assert empty.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("method", "has"),
+    [
+        ("tent", {"train": "norms"}),
+        ("dept", {"train": "prompts", "teacher.decay": 0.97}),
+        ("soft-teacher", {"teacher.decay": 0.97}),
+        ("wesam+", {"loss.anchor": 0.1}),
+        ("wesam", {}),
+    ],
+)
+def test_a_method_is_itself_with_whatever_preset_or_file_it_begins(
+    method: str, has: dict[str, Value], tmp_path: Path
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"lora.rank": 6}))
+    wanted = {"method": method, **get_method(method).defaults, **has}
+    for preset, config, rank in (("paper", None, 4), (None, file, 6)):
+        found = _start(Namespace(preset=preset, config=config, model="nano", method=method)).flat()
+        assert {k: found[k] for k in wanted} == wanted
+        assert found["lora.rank"] == rank
+        assert found["optim.lr"] == wanted.get("optim.lr", 1e-4)
