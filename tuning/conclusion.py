@@ -100,8 +100,7 @@ def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
         return statistics.mean(c.tracker.at(t.run_id, key, t.best_step) if key else t.best for t in of) if of else None
 
     # a joint search's winner gains on all domains together, and may lose on one: that is left as it is
-    gains = not plan.joint or (val(repeated) or 0.0) > direct + MARGIN
-    chosen = verdict.chosen if gains else None
+    chosen = verdict.chosen if (val(repeated) or 0.0) > direct + MARGIN else None
     winners = [on_test[t.run_id].objective for t in repeated] if chosen else [test.objective]
     picture = judge.picture(target.task, *((adapters[chosen.run_id], measured[chosen.run_id]) if chosen else ()))
 

@@ -46,10 +46,11 @@ def propose(study: optuna.Study, plan: Plan, number: int) -> tuple[Running, Poin
     A few steps from what is good are mostly not bad, and in a space of many dimensions a few trials tell a sampler
     little: until it has enough to learn from each trial is near the best one, and from then on each second one.
     """
-    if queued := _queued(study, plan, number):
-        return queued
-    attrs = {"study": plan.owner, "number": number}
     everything = study.get_trials(deepcopy=False)
+    # of a queue that is shared with others each study has what it has put there itself
+    if queued := next((t for t in own(everything, plan) if t.state == TrialState.WAITING), None):
+        return _begun(study, plan, queued, number)
+    attrs = {"study": plan.owner, "number": number}
     known = bounded(everything)
     draft = _Draft(study, known if plan.sampler == "tpe" else everything, len(everything))
     point = near(known, plan, number) or ask(draft.ask(), plan.space)
@@ -60,11 +61,10 @@ def propose(study: optuna.Study, plan: Plan, number: int) -> tuple[Running, Poin
     return Running(study, trial_id, study._storage.get_trial_number_from_id(trial_id)), point, attrs
 
 
-def _queued(study: optuna.Study, plan: Plan, number: int) -> tuple[Running, Point, Mapping[str, Any]] | None:
-    """The first that waits of what this study itself has put into the queue, which it may share with others."""
-    trial = next((t for t in own(study, plan) if t.state == TrialState.WAITING), None)
-    if trial is None:
-        return None
+def _begun(
+    study: optuna.Study, plan: Plan, trial: FrozenTrial, number: int
+) -> tuple[Running, Point, Mapping[str, Any]]:
+    """As :func:`propose` has it, of a trial that was in the queue."""
     params, storage = trial.system_attrs["fixed_params"], study._storage
     point = decoded(plan.space, params)
     storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)

@@ -138,7 +138,7 @@ def enqueue(study: optuna.Study, plan: Plan, references: Iterable[str]) -> None:
     """Has the study begin with the references that lie in the space, what other studies found best, and the method's
     bolder configuration, if it has one.
     """
-    known = own(study, plan)
+    known = own(study.get_trials(deepcopy=False), plan)
     queue = [t for t in known if t.state == TrialState.WAITING]
     waiting = {t.user_attrs.get("reference") for t in queue}
     points = {r: p for r in references if r not in waiting and (p := plan.point(r)) is not None}
@@ -159,9 +159,10 @@ def enqueue(study: optuna.Study, plan: Plan, references: Iterable[str]) -> None:
 
 
 def catch_up(study: optuna.Study, plan: Plan, done: Iterable[Trial], unfinished: Iterable[Mapping[str, Any]]) -> None:
-    """Tells the study what became of the trials of an earlier run, whatever it missed of that, if its database is new.
+    """Tells the study what became of the trials of an earlier run, whatever it missed of that.
 
-    unfinished: proposals of :class:`tuning.search.Search` that are gone on with.
+    If its database is new, that is all of it. unfinished: proposals of :class:`tuning.search.Search`, to be gone on
+    with.
     """
     going_on = {p["number"]: p["point"] for p in unfinished if "optuna" in p}
     for number, t in running(study, plan).items():
@@ -182,20 +183,21 @@ def catch_up(study: optuna.Study, plan: Plan, done: Iterable[Trial], unfinished:
             write(number, point, state=TrialState.RUNNING)
 
 
-def own(study: optuna.Study, plan: Plan) -> list[FrozenTrial]:
+def own(trials: Iterable[FrozenTrial], plan: Plan) -> list[FrozenTrial]:
     """This study's trials, of all that the Optuna study has."""
-    return [t for t in study.get_trials(deepcopy=False) if t.user_attrs.get("study") == plan.owner]
+    return [t for t in trials if t.user_attrs.get("study") == plan.owner]
 
 
 def ended(study: optuna.Study, plan: Plan) -> dict[int, FrozenTrial]:
     """This study's trials of which Optuna has the result, by their numbers in the search."""
-    done = (TrialState.COMPLETE, TrialState.PRUNED)
-    return {t.user_attrs["number"]: t for t in own(study, plan) if t.state in done}
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    return {t.user_attrs["number"]: t for t in own(trials, plan)}
 
 
 def running(study: optuna.Study, plan: Plan) -> dict[int, FrozenTrial]:
     """This study's trials that have not ended, as far as Optuna knows, by their numbers in the search."""
-    return {t.user_attrs["number"]: t for t in own(study, plan) if t.state == TrialState.RUNNING}
+    trials = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return {t.user_attrs["number"]: t for t in own(trials, plan)}
 
 
 def ask(trial: BaseTrial, space: Space) -> Point:

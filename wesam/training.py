@@ -17,10 +17,10 @@ from wesam.adapt import Report, adapt, checked, keep_best
 from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE
 from wesam.bench import bench_step
 from wesam.compare import compare, cross
-from wesam.config import PRESETS, Config, preset, read_config
+from wesam.config import Config, preset, read_config
 from wesam.console import line, table, write_json
 from wesam.data import Domain
-from wesam.errors import InputError, unknown
+from wesam.errors import InputError
 from wesam.memory import reckon
 from wesam.methods import check_read, get_method, method_preset
 from wesam.options import given_domain
@@ -186,8 +186,8 @@ def _vanished(sam: Sam, domain: Domain, configs: Iterable[Config]) -> int:
 
 def _start(args: argparse.Namespace) -> Config:
     """Where the configuration begins: a file, or a preset or the model's defaults, with what the method changes."""
-    if args.preset and args.preset not in PRESETS:
-        raise unknown("preset", args.preset, PRESETS)
+    if args.preset:
+        preset(args.preset)  # raises InputError for one that is not there
     if not args.config:
         return method_preset(args.preset or args.model, args.method or "wesam")
     found = read_config(args.config)
