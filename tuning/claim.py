@@ -10,13 +10,12 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import psutil
 from mlflow.entities import Run as Stored
 from mlflow.exceptions import MlflowException
 
+from tuning.processes import began, machine
 from tuning.tracking import Level, Run, Tracker
 from wesam.errors import InputError
 
@@ -36,7 +35,7 @@ def refuse_second(tracker: Tracker, stored: Stored) -> None:
     if stored.info.status != "RUNNING" or TAG not in stored.data.tags:
         return
     told = json.loads(stored.data.tags[TAG])
-    if told["where"] == _where():
+    if told["where"] == machine():
         alive = _lives(told)
     else:
         time.sleep(3 * BEAT)
@@ -56,7 +55,7 @@ def held(
     Raises InputError, and leaves the study to the other, if another process has begun the same at the same moment.
     """
     mine = {
-        "where": _where(), "host": platform.node(), "pid": os.getpid(), "began": _began(os.getpid()),
+        "where": machine(), "host": platform.node(), "pid": os.getpid(), "began": began(os.getpid()),
         "token": uuid.uuid4().hex,
     }  # fmt: skip
     ended = threading.Event()
@@ -117,25 +116,6 @@ def _refusal(stored: Stored, told: dict[str, Any]) -> InputError:
     )
 
 
-def _where() -> str:
-    """This machine since it was started, and of its containers this one."""
-    parts = [platform.node()]
-    with contextlib.suppress(OSError):  # Linux
-        parts += [
-            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-            os.readlink("/proc/self/ns/pid"),
-        ]
-    return " ".join(parts)
-
-
 def _lives(told: dict[str, Any]) -> bool:
     """Whether the process is there, and no other that got its number."""
-    return bool(_began(told["pid"]) == told["began"])
-
-
-def _began(pid: int) -> float | None:
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.NoSuchProcess:
-        return None
+    return bool(began(told["pid"]) == told["began"])

@@ -52,6 +52,9 @@ def check_cells(plan: Plan, wanted: Sequence[Group], cells: Cells) -> list[str]:
         need = seeds if group.row.method else [0]
         if have != need:
             out.append(f"{group.name}: it has the seeds {_listed(have)}, not {_listed(need)}")
+        for run in cells.get(group.key, ()):
+            if missing := [n for n in group.after if f"test_miou.after_{n}" not in run.metrics]:
+                out.append(f"{run.name}: it was not scored after {_listed(missing)} steps")
     every = [r for group in wanted for r in cells.get(group.key, ())]
     for run in every:
         on = run.tags.get("chosen_on", "what nobody says")

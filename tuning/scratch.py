@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
-
-PREFIX = "wesam-"
-"""After it comes the process."""
+from tuning.processes import began, machine
 
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A temporary folder; what processes that were killed have left of theirs goes first."""
-    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*-*"):
-        process = left.name.split("-")[1]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
+    """A temporary folder; what processes of this machine that were killed have left of theirs goes first."""
+    prefix = f"wesam-{hashlib.sha256(machine().encode()).hexdigest()[:12]}-"  # others may have the same folder for theirs
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        its = re.fullmatch(r"(\d+)-\w{8}", left.name.removeprefix(prefix))
+        if its and began(int(its[1])) is None:
             shutil.rmtree(left, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-") as folder:
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-") as folder:
         yield Path(folder)

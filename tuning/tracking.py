@@ -7,6 +7,7 @@ for a slow server, and what a server that is down cannot take is kept until it c
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -458,13 +459,18 @@ def trials_by_role(tracker: Tracker, domain_run: str) -> Mapping[str | None, lis
 def environment() -> dict[str, str]:
     """What a number depends on besides its configuration: versions and the git commit, as tags."""
     names = ("torch", "ray", "optuna", "mlflow", "peft", "wesam")
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
     tags = {f"version.{n}": _version(n) for n in names}
     tags["version.python"] = sys.version.split()[0]
-    return {**tags, "mlflow.source.git.commit": done.stdout.strip() or "unknown"}
+    return {**tags, "mlflow.source.git.commit": _commit() or "unknown"}
+
+
+def _commit() -> str:
+    """That of this checkout; empty if it is none, or if there is no git to ask."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    with contextlib.suppress(OSError):
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        return found.stdout.strip()
+    return ""
 
 
 def sqlite_file(uri: str) -> Path | None:

@@ -27,7 +27,8 @@ class Trained:
     test: dict[PromptKind, Scores]
     """Its scores on test, by the kind that test is prompted with."""
     after: dict[int, Scores]
-    """Scores on test of the model as it was after so many steps, whatever val said; prompted as val was."""
+    """Scores on test of the model as it was after so many steps, whatever val said, or before it diverged; prompted as
+    val was."""
     curve: dict[int, Scores]
     """Step -> scores on val."""
     parameters: int
@@ -56,11 +57,15 @@ def train_once(
     def reports() -> Iterator[Report]:
         nonlocal diverged
         try:
-            yield from adapt(sam, domain, config, direct=val)
+            for report in adapt(sam, domain, config, direct=val):
+                last = report
+                yield report
         except FloatingPointError:
             if not forgiving:
                 raise
             diverged = True
+            if missed := [n for n in after if n > last.step]:  # no weight was changed since
+                later.update(dict.fromkeys(missed, evaluate(last.model, test, config.scored_with)))
 
     def watch(report: Report, better: bool) -> None:
         nonlocal parameters

@@ -47,9 +47,9 @@ def test_a_process_that_is_gone_does_not_count(tracker: Tracker) -> None:
 def test_another_machine_is_listened_to(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claim, "BEAT", 1.0)
     run = start(tracker)
-    monkeypatch.setattr(claim, "_where", lambda: "there")
+    monkeypatch.setattr(claim, "machine", lambda: "there")
     with claim.held(tracker, run, "s"):
-        monkeypatch.setattr(claim, "_where", lambda: "here")
+        monkeypatch.setattr(claim, "machine", lambda: "here")
         (stored,) = tracker.find("study")
         with pytest.raises(InputError, match="running already"):
             claim.refuse_second(tracker, stored)

@@ -200,3 +200,8 @@ def test_mlflow_is_told_where_data_come_from(given: str, kind: str, loaded: dict
     (found,) = tracker.client.get_run(run.id).inputs.dataset_inputs
     source = mlflow.data.get_source(found.dataset)
     assert (source._get_source_type(), source.to_dict()) == (kind, loaded)
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert tracking.environment.__wrapped__()["mlflow.source.git.commit"] == "unknown"

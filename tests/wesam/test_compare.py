@@ -46,6 +46,8 @@ def test_a_training_that_diverges_counts_with_what_it_had_reached(
     config = method_preset("nano", "wesam").replace({"steps": 2, "optim.batch_size": 1})
     with pytest.raises(FloatingPointError):
         train_once(sam, camouflaged, config, [])
-    found = train_once(sam, camouflaged, config, ["box"], forgiving=True)
+    found = train_once(sam, camouflaged, config, ["box"], after=[1, 2], forgiving=True)
     assert (found.diverged, found.best.step, found.seconds) == (True, 0, None)
-    assert found.test["box"].objective == pytest.approx(evaluate(sam, camouflaged.split("test"), "box").objective)
+    direct = pytest.approx(evaluate(sam, camouflaged.split("test"), "box").objective)
+    assert found.test["box"].objective == direct
+    assert {n: s.objective for n, s in found.after.items()} == {1: direct, 2: direct}

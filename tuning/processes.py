@@ -1,0 +1,30 @@
+"""Which process of which machine something belongs to, and whether it lives."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from pathlib import Path
+
+import psutil
+
+
+def machine() -> str:
+    """This machine since it was started, and of its containers this one."""
+    parts = [platform.node()]
+    with contextlib.suppress(OSError):  # Linux
+        parts += [
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            os.readlink("/proc/self/ns/pid"),
+        ]
+    return " ".join(parts)
+
+
+def began(pid: int) -> float | None:
+    """When a process of this machine began, which tells it from another that got its number; None if it has ended."""
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.NoSuchProcess:
+        return None
