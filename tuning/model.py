@@ -72,6 +72,10 @@ class Segmenter(PythonModel):
         image = torch.from_numpy(read_image(Path(name), content=content).copy()).permute(2, 0, 1)
         found: dict[int, Mask] = {}
         for places, prompts in read_prompts(given, name):
+            try:
+                prompts.check_on((image.shape[1], image.shape[2]))
+            except InputError as e:
+                raise InputError(f"{name}: {e}") from None
             masks, iou = predict(self.model, image, prompts)
             found |= {n: _packed(m.numpy(), float(i)) for n, m, i in zip(places, masks, iou, strict=True)}
         return [found[n] for n in range(len(found))]

@@ -184,9 +184,7 @@ def _predict(args: argparse.Namespace) -> None:
     model, _ = _model(args)
     image = torch.from_numpy(read_image(args.image).copy()).permute(2, 0, 1)
     prompts = _points(args.point) if args.point else _box(args.box or args.tight_box, tight=bool(args.tight_box))
-    if _beside(prompts, (image.shape[1], image.shape[2])):
-        what, size = "a click" if args.point else "the box", f"{image.shape[2]} x {image.shape[1]}"
-        raise InputError(f"{what} lies beside the image: {args.image} has {size} pixels")
+    prompts.check_on((image.shape[1], image.shape[2]))
     masks, iou = predict(model, image, prompts, crop=args.crop)
     _save(Image.fromarray(masks[0].numpy().astype(np.uint8) * 255), args.out)
     if args.overlay:
@@ -240,15 +238,6 @@ def _points(texts: list[str]) -> Prompts:
     if not set(labels) <= {0, 1} or 1 not in labels:
         raise InputError("clicks are labelled 1 (on the object) or 0 (beside it), at least one with 1")
     return Prompts(points=torch.tensor([[c[:2] for c in clicks]]), point_labels=torch.tensor([labels]).int())
-
-
-def _beside(prompts: Prompts, size: tuple[int, int]) -> bool:
-    """Whether any box does not meet an image of this (height, width), or any click does not lie on it."""
-    end = torch.tensor([size[1], size[0]])
-    if prompts.boxes is not None:
-        return bool(((prompts.boxes[:, 2:] <= 0) | (prompts.boxes[:, :2] >= end)).any())
-    assert prompts.points is not None
-    return bool(((prompts.points < 0) | (prompts.points > end)).any())
 
 
 def _numbers(text: str, what: str, counts: tuple[int, ...]) -> list[float]:

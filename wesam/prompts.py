@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wesam.config import PromptKind
+from wesam.errors import InputError
 
 POINTS = 5
 """Clicks inside and clicks outside each instance (METHOD: 5 positives, 5 negatives)."""
@@ -30,6 +31,9 @@ another form."""
 
 SAMPLES = 4
 """Along each side of a cell, to find what a polygon covers of it."""
+
+FAR = 2.0
+"""No prompt of a person reaches so many sides of the image beyond it."""
 
 NO_CLICK = -1
 """SAM's label of a place in the list of clicks that holds none."""
@@ -151,6 +155,23 @@ class Prompts:
         outside = (self.point_labels != 1)[..., None]
         low, high = (self.points.masked_fill(outside, end) for end in (torch.inf, -torch.inf))
         return torch.cat([low.amin(1), high.amax(1)], 1)
+
+    def check_on(self, size: tuple[int, int]) -> None:
+        """Raises InputError unless every click lies on an image of this (height, width), and every box and polygon
+        meets it and reaches no further beyond it than FAR times its longer side.
+        """
+        end = torch.tensor([size[1], size[0]])
+        if self.points is not None:
+            what, far = "a click", torch.zeros(0)
+            beside = (self.points < 0) | (self.points > end)
+        else:
+            what = "the box" if self.boxes is not None else "a polygon"
+            extents = self.extents() if len(self) else torch.zeros(0, 4)
+            low, high, room = extents[:, :2], extents[:, 2:], FAR * max(size)
+            beside, far = (low >= end) | (high <= 0), (low < -room) | (high > end + room)
+        for where, wrong in (("lies beside", beside), ("reaches too far beyond", far)):
+            if wrong.any():
+                raise InputError(f"{what} {where} the image, which has {size[1]} x {size[0]} pixels")
 
     def seen_in(self, window: Tensor) -> Self:
         """The same prompts in the frame of a window (x0, y0, x1, y1) of the image; clicks beside it are taken away."""

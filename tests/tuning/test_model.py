@@ -125,6 +125,11 @@ def test_wrong_input_is_told_in_a_line(packaged: Path) -> None:
         "at least one with 1": sent(points=[[[1, 2]]], labels=[[0]]),
         "expected clicks": sent(points=[[[1, 2, 3]]]),
         "at least 3 corners": sent(polygons=[[[1, 2], [3, 4]]]),
+        "image 1: the box lies beside the image": sent(boxes=[[60, 0, 70, 9]]),
+        "the box reaches too far beyond": sent(boxes=[[0, 0, 1e300, 1e300]]),
+        "a click lies beside the image": sent(points=[[[12, 20], [1e300, 9]]]),
+        "a polygon lies beside": sent(polygons=[[[0, 41], [5, 41], [5, 44]]]),
+        "a polygon reaches too far": sent(polygons=[[[0, 0], [1e9, 0], [0, 1e9]]]),
         "image 1 is not in base64": {"image": "*", "boxes": BOXES},
         "cannot read the image image 1": {"image": "aaaa", "boxes": BOXES},
     }

@@ -277,12 +277,12 @@ def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
         ("predict {tmp}/i.png --point 5,5,0.5 --out {tmp}/m.png", "labelled 1"),
         (
             "predict {tmp}/i.png --box 30,2,35,9 --out {tmp}/m.png",
-            "the box lies beside the image: {tmp}/i.png has 30 x 20",
+            "the box lies beside the image, which has 30 x 20",
         ),
         ("predict {tmp}/i.png --tight-box=1,-9,3,0 --out {tmp}/m.png", "the box lies beside the image"),
         (
             "predict {tmp}/i.png --point 5,5 5,25,0 --out {tmp}/m.png",
-            "a click lies beside the image: {tmp}/i.png has 30 x 20",
+            "a click lies beside the image, which has 30 x 20",
         ),
         ("predict {tmp}/i.png --point=-1,5 --out {tmp}/m.png", "a click lies beside the image"),
         (
