@@ -39,8 +39,9 @@ CODE = Path(__file__).with_name("model.py")
 CARD, SETTINGS = "README.md", "config.json"
 """Fetched beside an adapter: its card, and its hyperparameters as ``wesam adapt --config`` reads them."""
 
-COMPARED = ("data", "prompt", "val_prompt", "model", "crop", "test_instances", "labels")
-"""Tags in which two versions must be the same for their scores to say anything about each other."""
+COMPARED = ("data", "prompt", "val_prompt", "weights", "crop", "test_instances", "labels")
+"""Tags in which two versions must be the same for their scores to say anything about each other; where one is older than
+the tag of its weights, their names are compared."""
 
 NEEDED = (
     "wesam", "mlflow", "torch", "torchvision", "segment-anything", "peft", "timm", "safetensors", "pycocotools",
@@ -217,7 +218,8 @@ def _better(new: Entry, old: Entry) -> bool:
 def _changed(old: Entry, new: Entry) -> list[str]:
     """In what two versions differ so that their scores cannot be compared."""
     before, now = ({"test_instances": "0", "labels": "", **e.tags} for e in (old, new))
-    changed = [k for k in COMPARED if before.get(k) != now.get(k)]
+    weights = "weights" if "weights" in before and "weights" in now else "model"
+    changed = [k for k in (weights if k == "weights" else k for k in COMPARED) if before.get(k) != now.get(k)]
     return changed if old.test[0] == new.test[0] and old.test[1] is not None else [*changed, "score"]
 
 

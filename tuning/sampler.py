@@ -20,6 +20,7 @@ from tuning.storage import PatientStorage, StudyStorage
 from tuning.tracking import Trial
 from wesam.config import Value
 from wesam.errors import InputError
+from wesam.sam import weights_digest
 
 Point = dict[str, Value]
 """Dotted path -> value, for every axis of the space."""
@@ -72,7 +73,7 @@ def open_study(plan: Plan, domain: str, storage: RDBStorage, data: str = "") -> 
     """The Optuna study of this domain in this study, ``NAME-DOMAIN``, which may hold trials of other jobs too.
 
     data: the domain's digest. Raises InputError if there is one of that name whose trials cannot be compared: of
-    another space, objective or data, or with another value of what is fixed, such as the number of steps.
+    another space, objective, data or weights, or with another value of what is fixed, such as the number of steps.
     """
     name = f"{plan.optuna_study or plan.name}-{domain}"
     directions: list[Any] = ["maximize", *("minimize" for _ in plan.minimize)]
@@ -82,7 +83,7 @@ def open_study(plan: Plan, domain: str, storage: RDBStorage, data: str = "") -> 
         "space": space_to_dict(plan.space),
         "score": plan.objective,
         "prompt": plan.base.prompt,
-        "model": plan.model,
+        "weights": weights_digest(plan.model),
         "joint": plan.joint,
         "data": data,
         **{k: v for k, v in plan.base.flat().items() if k not in plan.space and k not in NO_MATTER},

@@ -27,6 +27,7 @@ from tuning.target import Context, study_tags
 from tuning.tracking import ROLE, Tracker
 from wesam.config import Config, Value
 from wesam.errors import InputError, unknown
+from wesam.sam import weights_digest
 
 PLAN = "plan.json"
 """The study's artifact with all that resuming it needs."""
@@ -141,6 +142,8 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
     for domain in domains:
         if domain.name in before and before[domain.name].data.tags["data"] != domain.digest:
             raise InputError(f"the data of {domain.name!r} has changed since the study began: start a new study")
+    if stored is not None and stored.data.tags.get("weights", weights := weights_digest(plan.model)) != weights:
+        raise InputError(f"the weights of {plan.model} have changed since the study began: start a new study")
     storage = open_storage(plan.optuna_url())
     data = {JOINT: joint.digest(domains)} if plan.joint else {d.name: d.digest for d in domains}
     studies = {name: open_study(plan, name, storage, data[name]) for name in searched}

@@ -119,6 +119,7 @@ def study_tags(plan: Plan) -> dict[str, str]:
     return {
         **environment(),
         "model": plan.model,
+        "weights": weights_digest(plan.model),
         "prompt": plan.base.prompt,
         "val_prompt": plan.base.scored_with,
         "seed": str(plan.base.seed),

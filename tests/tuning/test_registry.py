@@ -81,14 +81,20 @@ def test_a_champion_is_replaced_only_by_one_that_is_better_by_more_than_the_spre
         ("prompt", "point"),
         ("val_prompt", "point"),
         ("model", "vit_b"),
+        ("weights", "def"),
         ("crop", "2.0"),
         ("test_instances", "16"),
         ("labels", "coarse 2"),
     ],
 )
 def test_a_champion_that_cannot_be_compared_is_replaced(register: Register, differs: str, to: str) -> None:
-    register(0.5)
+    register(0.5, **{"weights": "abc"} if differs == "weights" else {})
     assert f"in place of version 1 (its {differs} differed)" in register(0.1, **{differs: to})[1]
+
+
+def test_the_same_weights_are_compared_wherever_they_lie(register: Register) -> None:
+    register(0.5, model="/a/mine.pth", weights="abc")
+    assert "stays version 1" in register(0.4, model="/b/mine.pth", weights="abc")[1]
 
 
 def test_an_older_champion_was_scored_with_all_instances(register: Register) -> None:

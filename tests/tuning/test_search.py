@@ -38,6 +38,7 @@ from tuning.search import Search
 from tuning.space import DEFAULT, Axis
 from tuning.tracking import Trial
 from wesam.errors import InputError
+from wesam.sam import random_sam, write_weights
 
 DIRECT = 0.5
 """The score of the model as it is."""
@@ -255,6 +256,9 @@ def test_a_study_is_not_taken_for_one_of_its_name_that_mlflow_has_forgotten(tmp_
     open_study(plan, "medical", storage, "digest")
     with pytest.raises(InputError, match="exists with another data"):
         open_study(plan, "medical", storage, "another")
+    write_weights(random_sam("nano"), own := tmp_path / "own.safetensors")
+    with pytest.raises(InputError, match="exists with another weights"):
+        open_study(replace(plan, model=str(own)), "medical", storage, "digest")
 
 
 @pytest.mark.parametrize(

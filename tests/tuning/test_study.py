@@ -304,6 +304,10 @@ def test_when_every_trial_fails_the_domain_has_failed_and_changed_data_are_not_g
     assert ended.pop("Direct") == "FINISHED"
     assert set(ended.values()) == {"FAILED"}
 
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr("tuning.study.weights_digest", lambda model: "another")
+        with pytest.raises(InputError, match="the weights of nano have changed since the study began"):
+            resume_study("s", tracker)
     (broken / "val.json").write_text((broken / "val.json").read_text() + " ")
     load_domain.cache_clear()
     with pytest.raises(InputError, match="'broken' has changed since the study began"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -120,7 +120,14 @@ def load_sam(model: str = "nano") -> Sam:
 
 def weights_digest(model: str) -> str:
     """The SHA-256 of the weights that :func:`load_sam` reads for this model, hexadecimal."""
-    return checkpoints.sha256(_find(model)[1])
+    path = _find(model)[1]
+    return _digest(path, path.stat().st_mtime_ns, path.stat().st_size)
+
+
+@lru_cache
+def _digest(path: Path, changed: int, size: int) -> str:
+    """Of a file as it is since it was changed: large ones are not read each time."""
+    return checkpoints.sha256(path)
 
 
 def write_weights(sam: Sam, path: Path) -> None:
