@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from shlex import quote
 
 from tuning.plan import WORDS
+from wesam.sam import model_names
 
 REFERENCES = {
     "box_filled": "box filled",
@@ -132,18 +134,18 @@ def card(about: About) -> str:
 ## How to use it
 
 ```
-{_command(about.domain, model, t.get("prompt", "box"))}
+wesam {command(t, about.domain)}
 ```
 
 ```python
 import wesam
 from tuning.registry import best_adapter
 
-model = best_adapter("{about.domain}")
+model = best_adapter("{about.domain}"{_weights(", model=", model, repr)})
 masks, iou = wesam.predict(model, image, {_prompts(t.get("prompt", "box"))})
 ```
 
-{_transformers(about.domain, model)}
+{_transformers(about)}
 
 ## Limits
 {LIMITS}
@@ -204,11 +206,25 @@ def _gap(scores: Mapping[str, float]) -> str:
     return f"It closes {100 * scores['gap_closed']:.0f} % of the gap between Direct and Supervised."
 
 
-def _command(domain: str, model: str, prompt: str) -> str:
+def command(tags: Mapping[str, str], adapter: str) -> str:
+    """The arguments of ``wesam`` with which an adapter, a folder or a domain's name, answers what it was made for.
+
+    tags: the version's, as in :attr:`About.tags`.
+    """
+    prompt = tags.get("prompt", "box")
     box = "--tight-box" if prompt == "tight-box" else "--box"
     given = f"{box} X0,Y0,X1,Y1" if "box" in prompt or prompt == "grid" else "--point X,Y"
-    own = "" if "/" not in model and "." not in model else f" --model {model}"
-    return f"wesam predict IMAGE {given} --adapter {domain}{own} --out mask.png --overlay seen.png"
+    return f"predict IMAGE {given} {asked_with(tags, adapter)} --out mask.png --overlay seen.png"
+
+
+def asked_with(tags: Mapping[str, str], adapter: str) -> str:
+    """The options that name an adapter and, where that does not, its weights."""
+    return f"--adapter {quote(adapter)}{_weights(' --model ', tags.get('model', 'nano'), quote)}"
+
+
+def _weights(option: str, model: str, said: Callable[[str], str]) -> str:
+    """The option with a model that is a file; a name is found by the adapter itself."""
+    return "" if model in model_names() else option + said(model)
 
 
 def _prompts(prompt: str) -> str:
@@ -218,10 +234,13 @@ def _prompts(prompt: str) -> str:
     return "wesam.Prompts(polygons=polygons)" if prompt == "coarse" else f"wesam.Prompts(boxes=boxes{tight})"
 
 
-def _transformers(domain: str, model: str) -> str:
-    if model == "vit_t":
+def _transformers(about: About) -> str:
+    if about.base.partition("-")[0] == "vit_t":
         return "transformers has no counterpart of this model."
-    return f"""With transformers and PEFT, after `wesam export --adapter {domain} --peft for-hf --base`:
+    if about.config.get("train", "lora") != "lora":
+        return "PEFT's own format is for LoRA alone, and this adapter has other weights: `wesam export --merge`."
+    export = f"wesam export {asked_with(about.tags, about.domain)} --peft for-hf --base"
+    return f"""With transformers and PEFT, after `{export}`:
 
 ```python
 base = transformers.SamModel.from_pretrained("for-hf/base")

@@ -228,6 +228,7 @@ def summary(result: dict[str, Any]) -> str:
 
 def _best(args: argparse.Namespace) -> None:
     from tuning import registry
+    from tuning.card import asked_with, command
 
     if args.domain is None and args.out:
         raise InputError("--out needs a DOMAIN: python -m tuning best DOMAIN --out DIR")
@@ -252,10 +253,10 @@ def _best(args: argparse.Namespace) -> None:
             print(f"an older version has registered it, without a card: there is no {registry.CARD}")
             card = ""
         print(f"adapter, {registry.SETTINGS}{card}, in {args.out}{before}; go on with:")
-        common = f"--adapter {args.out}" + ("" if t["model"] in model_names() else f" --model {quote(t['model'])}")
         data = f"--domain {quote(t['domain'])} --prompt {t.get('val_prompt', t['prompt'])} --split test"
-        print(f"  {program('wesam')} evaluate {data} {common}")
-        print(f"  {program('wesam')} predict IMAGE --box X0,Y0,X1,Y1 {common} --out mask.png")
+        few = f" --instances {most}" if (most := t.get("test_instances", "0")) != "0" else ""
+        print(f"  {program('wesam')} evaluate {data}{few} {asked_with(t, str(args.out))}")
+        print(f"  {program('wesam')} {command(t, str(args.out))}")
 
 
 def _champions(rows: list[dict[str, Any]]) -> str:

@@ -335,7 +335,7 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
     _check_method(changed, space)
     if not space and s.get("trials", 16) > len(REFERENCES):
         raise InputError("nothing is left to search: every hyperparameter has been given a value")
-    _check_numbers(s, changed)
+    _check_numbers(s, changed, space)
     with at("domains"):
         domains = tuple(located(str(d), s.get("data", "")) for d in s.get("domains", ()))
         loaded = load_domains(domains)
@@ -370,7 +370,7 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
     )  # fmt: skip
 
 
-def _check_numbers(settings: Mapping[str, Any], base: Config) -> None:
+def _check_numbers(settings: Mapping[str, Any], base: Config, space: Space) -> None:
     for key, least in (("trials", 1), ("workers", 1), ("seeds", 0)):
         with at(key):
             if settings.get(key, least) < least:
@@ -383,10 +383,12 @@ def _check_numbers(settings: Mapping[str, Any], base: Config) -> None:
         share = settings.get("gpus_per_worker", 1)
         if share > 1 and share != int(share):
             raise InputError(f"gpus_per_worker must be a share of one GPU or a whole number of them, got {share}")
+        if share < 1 and settings.get("workers", 1) > 1:
+            raise InputError(f"workers of one trial need a GPU each: gpus_per_worker must be at least 1, got {share}")
     with at("workers"):
-        workers = settings.get("workers", 1)
-        if base.optim.batch_size < workers:
-            size = base.optim.batch_size
+        workers, axis = settings.get("workers", 1), space.get("optim.batch_size")
+        size = base.optim.batch_size if axis is None else min(axis.choices or axis.bounds)
+        if size < workers:
             raise InputError(f"{workers} workers share {size} images a step: raise optim.batch_size")
 
 

@@ -40,8 +40,8 @@ CARD, SETTINGS = "README.md", "config.json"
 """Fetched beside an adapter: its card, and its hyperparameters as ``wesam adapt --config`` reads them."""
 
 COMPARED = ("data", "prompt", "val_prompt", "weights", "crop", "test_instances", "labels")
-"""Tags in which two versions must be the same for their scores to say anything about each other; where one is older than
-the tag of its weights, their names are compared."""
+"""Tags in which two versions must be the same for their scores to say anything about each other; instead of weights,
+where a version is older than that tag, the model's name."""
 
 NEEDED = (
     "wesam", "mlflow", "torch", "torchvision", "segment-anything", "peft", "timm", "safetensors", "pycocotools",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -37,7 +38,8 @@ class Axis:
         if self.type == "categorical":
             return value in self.choices
         low, high = self.bounds
-        return (self.zero and value == 0) or low <= float(value) <= high
+        whole = self.type != "int" or float(value).is_integer()
+        return (self.zero and value == 0) or (whole and low <= float(value) <= high)
 
     def nearest(self, value: Value, otherwise: Value) -> Value:
         """The value of the axis that is nearest to this one; otherwise: where there is no nearest."""
@@ -171,7 +173,8 @@ def make_space(changes: Mapping[str, Any], base: Config) -> tuple[Space, Config]
 
 def default_space(method: Any, prompt: PromptKind) -> Space:
     """What is searched if nothing else is said; method: a name, or an axis of names as a mapping."""
-    names = method.get("choices", ()) if isinstance(method, Mapping) else (method,)
+    choices = method.get("choices") if isinstance(method, Mapping) else (method,)
+    names = choices if isinstance(choices, list | tuple) else ()  # whatever else it is is told with its path
     read = {path for name in names for path in get_method(str(name)).searched}
     return {p: a for p, a in DEFAULT.items() if p in read and (a.prompt is None or prompt in BOXES)}
 
@@ -225,6 +228,8 @@ def _range(where: str, path: str, kind: Kind, given: Mapping[str, Any], base: Co
         with at("space", path, name):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise InputError(f"{where}: {name} must be a number, got {value!r}")
+            if not abs(value) <= sys.float_info.max:
+                raise InputError(f"{where}: {name} must be finite, got {str(value)[:20]}")
             if kind == "int" and not float(value).is_integer():
                 raise InputError(f"{where}: {name} must be a whole number, got {value!r}")
             _checked(where, path, int(value) if kind == "int" else float(value), base)

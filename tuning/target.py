@@ -16,6 +16,7 @@ from tuning.plan import WORDS, Plan
 from tuning.progress import Board
 from tuning.tracking import Data, Run, Tracker, environment
 from wesam import Scores, load_domain
+from wesam.sam import weights_digest
 
 
 @dataclass(frozen=True)

@@ -65,9 +65,20 @@ def test_a_card_for_tight_boxes_says_that_masks_are_cut_to_them() -> None:
         assert said in told
 
 
+def test_what_a_card_tells_to_run_names_the_weights_and_is_told_where_it_works() -> None:
+    told = card(about(tags={**TAGS, "model": "/a b/mine.pth"}))
+    assert "best_adapter(\"nuclei\", model='/a b/mine.pth')" in told
+    assert "wesam predict IMAGE --box X0,Y0,X1,Y1 --adapter nuclei --model '/a b/mine.pth' --out" in told
+    assert "wesam export --adapter nuclei --model '/a b/mine.pth' --peft" in told
+    assert "no counterpart" in card(about(base="vit_t-0123", tags={**TAGS, "model": "/a/mine.pt"}))
+    norms = card(about(config={"method": "tent", "train": "norms"}))
+    assert "--peft" not in norms
+    assert "`wesam export --merge`" in norms
+
+
 def test_what_is_not_known_is_not_said() -> None:
     tags = {"test_label_free": "0.5", "score": "label_free", "prompt": "point", "model": "vit_t"}
-    unknown = about(tags=tags, scores={"test_label_free": 0.5}, config={}, trials=0, step=None)
+    unknown = about(tags=tags, scores={"test_label_free": 0.5}, config={}, trials=0, step=None, base="vit_t")
     told = card(unknown)
     assert "label-free score on test 0.500" in summary(unknown)
     assert "± is" not in told

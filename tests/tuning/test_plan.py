@@ -29,6 +29,14 @@ def test_every_axis_is_a_hyperparameter_and_holds_the_papers_value() -> None:
         assert axis.holds(flat[path]), path
 
 
+def test_between_whole_numbers_nothing_lies_on_an_axis_of_them() -> None:
+    made = plan(space={"loss.dice": {"type": "int", "low": 0, "high": 10}})
+    assert made.base.loss.dice == 0.3
+    assert made.point("defaults") is None
+    assert made.space["loss.dice"].holds(1.0)
+    assert made.space["loss.dice"].nearest(1.7, 0.3) == 2
+
+
 def test_what_a_method_reads_is_searched_with_its_own_defaults() -> None:
     assert all(p in DEFAULT or p.startswith("views") for m in METHODS.values() for p in m.searched)
     assert plan().base.method == "wesam+"
@@ -162,9 +170,17 @@ def test_a_reference_outside_of_the_space_has_no_point_in_it() -> None:
         ({"space": {"lora.targets": {"choices": ["qvk"]}}}, "did you mean 'qk?v'"),
         ({"space": {"lora.targets": {"choices": []}}}, "needs choices"),
         ({"space": {"views.strength": None}}, "strength must be a number"),
+        ({"space": {"loss.label": {"high": float("inf")}}}, "label: high must be finite, got inf"),
+        ({"space": {"loss.label": {"high": float("nan")}}}, "label: high must be finite, got nan"),
+        ({"space": {"lora.rank": {"high": 10**400}}}, "rank: high must be finite, got 1000"),
+        ({"space": {"method": {"choices": None}}}, "method: a categorical needs choices"),
+        ({"space": {"method": {"choices": 5}}}, "method: a categorical needs choices"),
         ({"space": {"teacher.decay": {"high": 1.0}}}, "high is below 1"),
         ({"space": {"teacher.decay": {"zero": 1}}}, "zero must be true or false"),
         ({"space": {"optim.lr": {"log": 1}}}, "log must be true, false or complement"),
+        ({"workers": 2, "space": {"optim.batch_size": {"choices": [1, 4]}}}, "2 workers share 1 images a step"),
+        ({"workers": 3, "space": {"optim.batch_size": {"type": "int", "low": 2, "high": 4}}}, "3 workers share 2"),
+        ({"workers": 2, "gpus_per_worker": 0.5}, "need a GPU each"),
         ({"sampler": "tpf"}, "did you mean 'tpe'"),
         ({"scheduler": "hyperband"}, "unknown scheduler"),
         ({"objective": "iou"}, "did you mean 'miou'"),

@@ -31,8 +31,9 @@ def test_what_a_killed_process_has_left_goes_with_the_next_folder(
     left = Path(done.stdout.strip())
     assert left.parent == tmp_path
     assert left.is_dir()
-    kept = {tmp_path / "wesam-2023-results", tmp_path / "wesam-60-steps", tmp_path / left.name.replace("wesam-", "wesam-0")}
-    for folder in kept:  # of somebody, or of another machine with the same folder for such
+    others = ("wesam-2023-results", "wesam-60-steps", left.name.replace("wesam-", "wesam-0"))
+    kept = {tmp_path / name for name in others}
+    for folder in kept:  # the last is of another machine that has the same folder for such
         folder.mkdir()
     with scratch() as mine, scratch() as another:
         assert {p.name for p in tmp_path.iterdir()} == {mine.name, another.name, *(k.name for k in kept)}
