@@ -11,11 +11,13 @@ from tuning.plan import Plan
 class Budget:
     """The clock of a study, which all its domains share; any thread may ask."""
 
-    def __init__(self, plan: Plan, search: float = 0.0, rest: float = 0.0, *, share: float = 1.0) -> None:
-        """search, rest: GPU hours of earlier runs of the study, of the search and of what confirms it. share: of a GPU
-        that a worker has; 1 where there are none.
+    def __init__(
+        self, plan: Plan, search: float = 0.0, rest: float = 0.0, *, share: float = 1.0, before: float = 0.0
+    ) -> None:
+        """search, rest: GPU hours of the study until it was interrupted, of the search and of what confirms it. share:
+        of a GPU that a worker has; 1 where there are none. before: hours by the clock until it was interrupted.
         """
-        self._plan, self._share = plan, share
+        self._plan, self._share, self._before = plan, share, before
         self._spent = {True: search, False: rest}
         """By whether it is the search's."""
         self._began = time.monotonic()
@@ -51,15 +53,13 @@ class Budget:
             running = sum(self._cost(began) for began, its in self._running.values() if its or not search)
             return self._spent[True] + (0.0 if search else self._spent[False]) + running
 
-    def left(self) -> float | None:
-        """Hours by the clock; None where there is no limit."""
-        limit = self._plan.hours
-        return None if limit == float("inf") else limit - (time.monotonic() - self._began) / 3600
+    def hours(self) -> float:
+        """By the clock, for as long as the study was run."""
+        return self._before + (time.monotonic() - self._began) / 3600
 
     def over(self) -> bool:
         """Whether nothing new may begin."""
-        left = self.left()
-        return (left is not None and left <= 0) or self.gpu_hours(search=True) >= self._plan.gpu_hours
+        return self.hours() >= self._plan.hours or self.gpu_hours(search=True) >= self._plan.gpu_hours
 
     def _cost(self, began: float) -> float:
         return (time.monotonic() - began) / 3600 * self._plan.workers * self._share

@@ -13,7 +13,7 @@ from tuning.confirm import FINALIST, SEED, SUPERVISED, finalists, repeated, winn
 from tuning.findings import read
 from tuning.plan import MARGIN
 from tuning.target import Context, Target
-from tuning.tracking import Run, Tracker, Trial, trials_by_role
+from tuning.tracking import Run, Tracker, Trial, begun, trials_by_role
 from wesam import Scores
 from wesam.prompts import changed_labels
 
@@ -128,7 +128,7 @@ def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
     target.run.attach(lambda: {PICTURE: picture, **_drawings(c, row)})
     for split, part in (("test", row), ("val", row["val"])):
         target.run.log({f"{k}_{split}_{part['score']}": part[k] for k in LOGGED if part.get(k) is not None})
-    lost = missing(plan.trials, verdict.searched, spent=c.budget.over())
+    lost = missing(plan.trials, len(begun(c.tracker, run.id)), verdict.searched)
     if chosen is None or best is None:
         row["outcome"] = _unbeaten(verdict) + lost
         return row
@@ -149,13 +149,15 @@ LOGGED = ("paper", "best", "best_sd", "supervised", "supervised_sd", "gap_closed
 """What of a row is a metric of the domain's run, beside the references found before the search."""
 
 
-def missing(wanted: int, found: Sequence[Trial], *, spent: bool) -> str:
-    """What to say, after a domain's outcome, of the trials that have come to no result, or to no end."""
-    if spent:
-        cut = sum(t.ended == "budget" for t in found)
-        return f"; the budget was spent after {len(found)} of {wanted} trials, {cut} of them not at their last step"
-    failed = wanted - len(found)
-    return f"; {failed} of {wanted} trials failed" if failed else ""
+def missing(wanted: int, count: int, found: Sequence[Trial]) -> str:
+    """What to say, after a domain's outcome, of the trials that have come to no result, or to no end.
+
+    count: of those that were begun. found: those that have a result.
+    """
+    said, cut = "", sum(t.ended == "budget" for t in found)
+    if count < wanted or cut:
+        said = f"; the budget was spent after {count} of {wanted} trials, {cut} of them not at their last step"
+    return said + (f"; {count - len(found)} of {wanted} trials failed" if count > len(found) else "")
 
 
 def _drawings(c: Context, row: Row) -> dict[str, bytes]:

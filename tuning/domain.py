@@ -21,7 +21,7 @@ from tuning.sampler import catch_up, ended, enqueue
 from tuning.schedulers import Stopping, make_scheduler
 from tuning.search import Search
 from tuning.target import Context, Target
-from tuning.tracking import ROLE, Run, Tracker, Trial, trials, trials_by_role
+from tuning.tracking import ROLE, Run, Tracker, Trial, begun, trials, trials_by_role
 from tuning.trainer import MAX_FAILURES, METRIC, Setting, one_worker, several_workers
 from wesam import Config
 
@@ -100,9 +100,9 @@ class DomainSearch(threading.Thread):
         """Whether the study has not been enlarged since, and no trial can be gone on with; one that had to be begun
         again, or failed at once, has several runs.
         """
-        found = list(self._c.tracker.each("trial", parent=before.info.run_id))
-        begun = {r.data.tags["wesam.trial"] for r in found if ROLE not in r.data.tags}
-        return len(begun) >= self._c.plan.trials and not any(failed_midway(r) for r in found)
+        tracker, of = self._c.tracker, before.info.run_id
+        enough = len(begun(tracker, of)) >= self._c.plan.trials
+        return enough and not any(failed_midway(r) for r in tracker.each("trial", parent=of))
 
     def _concluded(self, run: Run) -> list[Row]:
         """run: the parent of the trials."""

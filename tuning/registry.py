@@ -23,7 +23,7 @@ from tuning import DEFAULT_URI, URI_VARIABLE
 from tuning.card import About, card, judged_by, score, summary
 from tuning.plan import WORD, WORDS, checked_name, shown
 from tuning.scratch import scratch
-from tuning.tracking import PARENT, ROLE, Tracker, sqlite_file
+from tuning.tracking import PARENT, Tracker, begun, sqlite_file
 from wesam import AdaptedSam, load_sam
 from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE, made_for
 from wesam.errors import InputError, unknown
@@ -287,7 +287,7 @@ def _about(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str]) 
     trials = 0
     if parent:
         scores = dict(tracker.run(parent).data.metrics)
-        trials = sum(ROLE not in r.data.tags for r in tracker.find("trial", parent=parent))
+        trials = len(begun(tracker, parent))
     scores |= {k: n for k, v in tags.items() if (n := _number(v)) is not None}
     base = json.loads(_adapter(tracker, run_id, place_of(ADAPTER, domain, tags.get("joint")))[CONFIG_FILE])[
         "base_model_name_or_path"

@@ -17,9 +17,8 @@ from tuning.processes import began, machine
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
     """A temporary folder; what processes of this machine that were killed have left of theirs goes first."""
-    prefix = (
-        f"wesam-{hashlib.sha256(machine().encode()).hexdigest()[:12]}-"  # others may have the same folder for theirs
-    )
+    # other machines, and containers, may have the same folder for theirs
+    prefix = f"wesam-{hashlib.sha256(machine().encode()).hexdigest()[:12]}-"
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         its = re.fullmatch(r"(\d+)-\w{8}", left.name.removeprefix(prefix))
         if its and began(int(its[1])) is None:

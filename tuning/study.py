@@ -32,6 +32,12 @@ from wesam.sam import weights_digest
 PLAN = "plan.json"
 """The study's artifact with all that resuming it needs."""
 
+HOURS = "hours"
+"""The metric of the study's run that says for how long it has been run, by the clock, resumed or not."""
+
+TOLD = 1 / 60
+"""Hours between two values of it."""
+
 GRACE = 10.0
 """Seconds that trials have to write a last checkpoint."""
 
@@ -129,7 +135,6 @@ def _studies(tracker: Tracker) -> dict[str, Stored]:
 
 def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any]:
     """stored: the study's run, if it has been begun already."""
-    began = time.monotonic()
     if stored is not None:
         refuse_second(tracker, stored)
     domains = load_domains(plan.domains)
@@ -151,7 +156,8 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
     runtime.check_storage(plan.storage)
     slots = runtime.slots(plan.workers, plan.gpus_per_worker)
     share = runtime.worker_resources(plan.gpus_per_worker).get("GPU", 1.0)
-    budget = Budget(plan, *_spent(tracker, before.values()), share=share)
+    spent = stored.data.metrics.get(HOURS, 0.0) if stored else 0.0
+    budget = Budget(plan, *_spent(tracker, before.values()), share=share, before=spent)
     run = tracker.start(plan.name, "study", None, study_tags(plan)) if stored is None else tracker.reopen(stored)
     if not before:
         plan = replace(plan, run=run.id)
@@ -179,6 +185,8 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
                 search.start()
             while any(s.is_alive() for s in searches):
                 board.tick()
+                if budget.hours() - spent > TOLD:
+                    run.log({HOURS: (spent := budget.hours())})
                 time.sleep(0.5)
         except KeyboardInterrupt:
             board.say("stopping; finished trials are kept")
@@ -193,6 +201,7 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
             deadline = time.monotonic() + PATIENCE
             for search in searches:
                 search.join(timeout=max(0.0, deadline - time.monotonic()))
+            run.log({HOURS: budget.hours()})
             runtime.stop()  # before the last records, which a server that is away can hold up
             tracker.close("KILLED")
             raise
@@ -201,14 +210,13 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
     result = {
         "study": plan.name, "run_id": run.id, "tracking_uri": tracker.uri, "model": plan.model,
         "prompt": plan.base.prompt, "trials": plan.trials, "steps": plan.base.steps, "workers": plan.workers,
-        "seed": plan.base.seed, "seeds": plan.seeds, "seconds": round(time.monotonic() - began, 1),
+        "seed": plan.base.seed, "seeds": plan.seeds, "seconds": round(3600 * budget.hours(), 1),
         "gpu_hours": round(budget.gpu_hours(), 4),
         "gap_between_trials": {"median": statistics.median(gaps), "max": max(gaps)} if gaps else None,
         "domains": rows,
     }  # fmt: skip
     run.attach(lambda: {RESULT: json.dumps(result, indent=2).encode()})
-    if gaps:
-        run.log({"gap_between_trials": statistics.median(gaps)})
+    run.log({HOURS: budget.hours()} | ({"gap_between_trials": statistics.median(gaps)} if gaps else {}))
     run.close("FAILED" if any("error" in r for r in rows) else "FINISHED")
     tracker.flush()
     return result

@@ -426,6 +426,12 @@ def trials(tracker: Tracker, domain_run: str, role: str | None = None) -> list[T
     return trials_by_role(tracker, domain_run)[role]
 
 
+def begun(tracker: Tracker, domain_run: str) -> set[str]:
+    """The numbers of the search's trials that have been begun, whatever became of them; one may have several runs."""
+    found = tracker.each("trial", parent=domain_run)
+    return {run.data.tags["wesam.trial"] for run in found if ROLE not in run.data.tags}
+
+
 def trials_by_role(tracker: Tracker, domain_run: str) -> Mapping[str | None, list[Trial]]:
     """The finished trials of a domain that have an adapter, in order, by role; None: the search's own."""
     found: dict[str | None, list[Trial]] = defaultdict(list)

@@ -71,9 +71,11 @@ def test_the_compose_file_is_loopback_only_and_has_no_password() -> None:
     names = set()
     for service in services.values():
         for key, value in service["environment"].items():
-            if re.search("PASSWORD|KEY", key):
+            if key == "MLFLOW_SERVER_ALLOWED_HOSTS":
+                assert value == f"${{{key}:-}}", "empty: MLflow's own"
+            elif re.search("PASSWORD|KEY", key):
                 names.add(re.fullmatch(r"\$\{(\w+):\?.+\}", value)[1])  # type: ignore[index]
     example = dict(line.split("=", 1) for line in (ROOT / "cluster/env.example").read_text().splitlines())
-    assert example == dict.fromkeys(names, "")
+    assert example == dict.fromkeys([*names, "MLFLOW_SERVER_ALLOWED_HOSTS"], "")
     for volume in [v for s in services.values() for v in s["volumes"] if v.startswith(".")]:
         assert (ROOT / "cluster" / volume.split(":")[0]).exists(), volume

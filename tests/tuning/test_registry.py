@@ -45,7 +45,7 @@ def register(tracker: Tracker, tmp_path_factory: pytest.TempPathFactory) -> Regi
         if run_id is None:
             parent = tracker.start(domain, "domain", None, {})
             parent.log({"ellipse_test_miou": 0.31})
-            run = tracker.start("t", "trial", parent, {})
+            run = tracker.start("t", "trial", parent, {"wesam.trial": "1"})
             run.log(params=Config().flat())
             run.attach(lambda: files, "adapter")
             run_id = run.id

@@ -44,10 +44,13 @@ def trial(number: int, best: float, label: str = "searched", reference: str | No
 
 def test_trials_that_are_missing_have_failed_or_the_budget_was_spent() -> None:
     found = [trial(1, 0.5), trial(2, 0.5)]
-    assert missing(2, found, spent=False) == ""
-    assert missing(3, found, spent=False) == "; 1 of 3 trials failed"
+    assert missing(2, 2, found) == ""
+    assert missing(3, 3, found) == "; 1 of 3 trials failed"
     cut = replace(found[1], ended="budget")
-    assert "after 2 of 9 trials, 1 of them not at their last step" in missing(9, [found[0], cut], spent=True)
+    assert (
+        missing(9, 2, [found[0], cut]) == "; the budget was spent after 2 of 9 trials, 1 of them not at their last step"
+    )
+    assert missing(9, 3, found).endswith("after 3 of 9 trials, 0 of them not at their last step; 1 of 9 trials failed")
 
 
 def test_what_a_warm_start_was_worth_is_told_by_the_trials_after_it() -> None:

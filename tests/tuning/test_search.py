@@ -357,6 +357,8 @@ def test_a_budget_that_is_spent_ends_the_search(tmp_path: Path) -> None:
     assert budget.end("camouflaged", "a") > 0
     assert budget.gpu_hours() == pytest.approx(budget.gpu_hours()), "nothing runs, nothing is spent"
     assert Budget(make(tmp_path, hours=1e-13)).over()
+    assert Budget(make(tmp_path, hours=9.0), before=9.0).over()
+    assert not Budget(make(tmp_path, hours=9.0), before=8.0).over(), "an hour is left"
     assert not Budget(make(tmp_path)).over()
 
 

@@ -254,8 +254,10 @@ def _enlarged_and_begun_with(small: Path, tmp_path: Path, tracker: Tracker) -> N
     """A finished study goes on to more trials, and another one begins with its best."""
     before = {r.info.run_id: r.info.end_time for r in tracker.find("trial")}
     again = {t.run_id for t in tracking.trials(tracker, tracker.find("domain")[0].info.run_id, "seed")}
+    hours = tracker.find("study")[0].data.metrics["hours"]
     result = resume_study("s", tracker, {"trials": 5})
     assert result["trials"] == 5
+    assert result["seconds"] > 3600 * hours > 0, "of both runs"
     after = {r.info.run_id: r.info.end_time for r in tracker.find("trial")}
     assert {k: after[k] for k in before} == before, "what was finished is left as it was"
     (row,) = result["domains"]
