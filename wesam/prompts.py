@@ -226,16 +226,21 @@ class Prompts:
 
     @classmethod
     def concatenate(cls, parts: list[Self]) -> Self:
-        """The prompts of several images as one, in order; all of the same kind."""
+        """The prompts of several images as one, in order; all of the same kind.
 
-        def joined(name: str) -> Tensor | None:
-            return None if getattr(parts[0], name) is None else torch.cat([getattr(p, name) for p in parts])
-
-        polygons = None if parts[0].polygons is None else tuple(g for p in parts for g in p.polygons or ())
+        Lists of clicks become as long as the longest: what is added is NO_CLICK at (0, 0).
+        """
+        if parts[0].polygons is not None:
+            return replace(parts[0], polygons=tuple(g for p in parts for g in p.polygons or ()))
+        if parts[0].boxes is not None:
+            return replace(parts[0], boxes=torch.cat([p.boxes for p in parts if p.boxes is not None]))
+        clicks = [(p.points, p.point_labels) for p in parts if p.points is not None and p.point_labels is not None]
+        most = max(points.shape[1] for points, _ in clicks)
         return replace(
-            parts[0], boxes=joined("boxes"), points=joined("points"), point_labels=joined("point_labels"),
-            polygons=polygons,
-        )  # fmt: skip
+            parts[0],
+            points=torch.cat([F.pad(points, (0, 0, 0, most - points.shape[1])) for points, _ in clicks]),
+            point_labels=torch.cat([F.pad(x, (0, most - x.shape[1]), value=NO_CLICK) for _, x in clicks]),
+        )
 
 
 def changed_labels(*kinds: str) -> str:

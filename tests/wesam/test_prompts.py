@@ -10,7 +10,7 @@ import torch
 from wesam.config import PromptKind
 from wesam.data import load_domain
 from wesam.evaluate import overlap
-from wesam.prompts import POINTS, VERTICES, Prompts, tight_boxes, weak_labels
+from wesam.prompts import NO_CLICK, POINTS, VERTICES, Prompts, tight_boxes, weak_labels
 from wesam.views import flip
 
 KINDS: tuple[PromptKind, ...] = ("box", "tight-box", "point", "coarse", "coarse-box", "point1", "point10")
@@ -146,6 +146,19 @@ def test_tight_boxes_stay_tight_in_whatever_is_made_of_them() -> None:
     assert all(p.tight for p in made)
     with pytest.raises(ValueError, match="only boxes are tight"):
         Prompts(polygons=(torch.zeros(3, 2),), tight=True)
+
+
+def test_clicks_are_concatenated_whatever_their_number() -> None:
+    one, two = torch.tensor([[[1.0, 2]]]), torch.tensor([[[3.0, 4], [5, 6]], [[7, 8], [9, 10]]])
+    parts = [
+        Prompts(points=one, point_labels=torch.tensor([[1]])),
+        Prompts(points=two, point_labels=torch.tensor([[1, 0], [1, 1]])),
+    ]
+    whole = Prompts.concatenate(parts)
+    assert whole.points is not None
+    assert whole.point_labels is not None
+    assert whole.points.tolist() == [[[1, 2], [0, 0]], *two.tolist()]
+    assert whole.point_labels.tolist() == [[1, NO_CLICK], [1, 0], [1, 1]]
 
 
 def test_a_filled_box_holds_the_pixels_whose_centres_it_holds_and_at_least_one() -> None:
