@@ -252,7 +252,8 @@ def weak_labels(masks: Tensor, kind: PromptKind, key: str) -> Prompts:
     """The weak labels that a person would have given once for these instances.
 
     masks: bool [N, H, W], each with at least one pixel. key: names the image; the same key and mask give the same label
-    in every epoch, process and run, whatever other instances there are. Returns prompts in the frame of the masks.
+    in every epoch, process and run, whatever other instances there are. Returns prompts in the frame of the masks. A
+    mask that fills its image has no clicks outside: they are NO_CLICK.
     """
     if kind in ("box", "tight-box"):
         return Prompts(boxes=tight_boxes(masks), tight=kind == "tight-box")
@@ -261,7 +262,8 @@ def weak_labels(masks: Tensor, kind: PromptKind, key: str) -> Prompts:
         return polygons if kind == "coarse" else Prompts(boxes=polygons.extents())
     count = int(kind.removeprefix("point") or POINTS)
     points = [_clicks(_rng(key, m), m, count, count) for m in masks.numpy()]
-    labels = torch.tensor([1] * count + [0] * count).expand(len(masks), -1)
+    labels = torch.tensor([1] * count + [0] * count).repeat(len(masks), 1)
+    labels[masks.flatten(1).all(1), count:] = NO_CLICK
     return Prompts(points=torch.from_numpy(np.stack(points)), point_labels=labels)
 
 

@@ -179,6 +179,9 @@ def test_specks_and_full_images_have_labels_of_every_kind() -> None:
     masks[1] = True
     for kind in KINDS:
         assert len(weak_labels(masks, kind, "x")) == 2
+    labels = weak_labels(masks, "point1", "x").point_labels
+    assert labels is not None
+    assert labels.tolist() == [[1, 0], [1, NO_CLICK]], "nothing is beside what fills the image"
 
 
 def test_noise_moves_boxes_and_leaves_clicks_out_but_never_all_of_them() -> None:
