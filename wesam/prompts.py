@@ -25,7 +25,7 @@ POINTS = 5
 VERTICES = 8
 """The most vertices of a coarse mask's polygon."""
 
-CHANGED: dict[str, int] = {"coarse": 2, "coarse-box": 2}
+CHANGED: dict[str, int] = {"coarse": 3, "coarse-box": 3}
 """The version of a kind of label that is not what it first was: the same masks give others, or the model takes them in
 another form."""
 
@@ -318,7 +318,7 @@ def _polygon(mask: np.ndarray) -> Tensor:
     for y, x in np.ndindex(2, 2):
         corners[y : y + mask.shape[0], x : x + mask.shape[1]] |= mask
     contours, _ = cv2.findContours(corners, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    outline = max(contours, key=len)
+    outline = max(contours, key=cv2.contourArea)
     tolerance = 0.01 * cv2.arcLength(outline, True)
     polygon = outline
     while len(polygon) > VERTICES:

@@ -91,6 +91,13 @@ def test_a_rectangle_is_its_own_coarse_mask() -> None:
     assert torch.equal(prompts.filled((20, 30)), masks)
 
 
+def test_a_coarse_mask_is_of_the_largest_part() -> None:
+    mask = torch.zeros(1, 50, 200, dtype=torch.bool)
+    mask[0, 10:40, 10:40] = True
+    mask[0, 45, 5:195] = True
+    assert weak_labels(mask, "coarse-box", "x").boxes.tolist() == [[10, 10, 40, 40]]  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("flips", [(True, False), (False, True), (True, True)])
 def test_flipped_labels_are_labels_of_the_flipped_image(kind: PromptKind, flips: tuple[bool, bool]) -> None:
