@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from wesam.data.corruptions import corrupted
+from wesam.data.corruptions import corrupted, is_corruption
 from wesam.data.domain import SPLITS, Domain, Sample, Split
 from wesam.data.files import is_address
 from wesam.data.folders import find_published, parse_cut, read_folder
@@ -22,9 +22,17 @@ def domain_names() -> list[str]:
 
 
 def parted(name: str) -> tuple[str, str]:
-    """What a domain is given as, in two: the name or the folder, and the corruption behind its last "+" or ""."""
-    base, plus, corruption = name.rpartition("+")
-    return (base, corruption) if plus and not Path(name).exists() else (name, "")
+    """What a domain is given as, in two: the name or the folder, and the corruption behind its last "+" or "".
+
+    A "+" with a "/" behind it is part of a name, and so is one with no corruption behind it, unless what is before it
+    is there.
+    """
+    base, _, corruption = name.rpartition("+")
+    if not base or not corruption or "/" in corruption or Path(name).exists():
+        return name, ""
+    if is_corruption(corruption) or base in domain_names() or Path(parse_cut(base)[0]).exists():
+        return base, corruption
+    return name, ""
 
 
 def located(name: str, root: str = "") -> str:
