@@ -486,6 +486,21 @@ def test_a_domain_may_lie_anywhere_fsspec_reaches(tmp_path: Path, monkeypatch: p
     system.rm("/bucket", recursive=True)
 
 
+@pytest.mark.parametrize("inner", ["", "deep/cells"])
+def test_a_domain_may_lie_in_an_archive(inner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WESAM_HOME", str(tmp_path / "home"))
+    maps(tmp_path / "whole" / inner)
+    archive = shutil.make_archive(str(tmp_path / "cells"), "zip", tmp_path / "whole")
+    here, there = load_domain(str(tmp_path / "whole" / inner)), load_domain(located(f"zip://{inner}::{archive}"))
+    for split in SPLITS:
+        for a, b in zip(here.split(split), there.split(split), strict=True):
+            assert torch.equal(a.image, b.image)
+            assert torch.equal(a.masks, b.masks)
+    assert Folder(f"zip://{inner}::{archive}").path("a/1.png") == f"zip://{Path(inner) / 'a/1.png'}::{archive}"
+    cached = load_domain(f"simplecache::file://{tmp_path}/whole/{inner}")
+    assert [len(cached.split(s)) for s in SPLITS] == [7, 1, 2]
+
+
 def test_the_cache_of_distant_files_stays_below_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WESAM_HOME", str(tmp_path))
     monkeypatch.setenv("WESAM_CACHE_GB", "0.00001")  # ten files of a thousand bytes
