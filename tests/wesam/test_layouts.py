@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from wesam.config import Config
 from wesam.data import SPLITS, Domain, load_domain, located
 from wesam.data.files import Folder
 from wesam.data.folders import Cut, parse_cut
@@ -445,7 +446,7 @@ def test_weak_labels_given_as_such(tmp_path: Path) -> None:
             {"id": 7, "image_id": 1, "bbox": [4, 5, 6, 20], "keypoints": [99, 6, 2]},
             {"id": 8, "image_id": 1, "bbox": [4, 5, 6, 20], "keypoints": [5, 6, 3]},
             {"id": 9, "image_id": 1, "bbox": [4, 5, 6, 20], "keypoints": [5, 6]},
-            {"id": 10, "image_id": 1, "bbox": [4, 5, 6, 20]},
+            {"id": 10, "image_id": 1, "bbox": [4, 5, 6, 20], "keypoints": [5, 6, 0, 7]},
             {"id": 11, "image_id": 2, "bbox": [1, 1, 6, 20], "keypoints": [5, 6, 2]},
         ]
         (tmp_path / f"{split}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
@@ -458,10 +459,35 @@ def test_weak_labels_given_as_such(tmp_path: Path) -> None:
     clicks = sample.weak_labels("point")
     assert clicks.point_labels.tolist() == [[1, 0, -1], [1, 1, 0]]  # type: ignore[union-attr]
     assert torch.equal(clicks.extents(), torch.tensor([[5.0, 6, 5, 6], [5, 6, 7, 7]]))
+    domain.check(Config(prompt="point"))
     with pytest.raises(InputError, match="has no masks, only weak labels: --prompt box or point"):
         sample.weak_labels("coarse")
     with pytest.raises(InputError, match=r"has no masks, only weak labels \(box, point\): no mIoU"):
         _ = sample.masks
+
+
+def test_boxes_without_keypoints_are_boxes(tmp_path: Path) -> None:
+    single(tmp_path)
+    file = tmp_path / "annotations/instances_default.json"
+    listing = json.loads(file.read_text())
+    listing["annotations"] = [
+        {"id": 4 * n + k, "image_id": n, "bbox": [4 + 9 * k, 5, 6, 20], **clicks}
+        for n in range(10)
+        for k, clicks in enumerate(
+            [{"keypoints": [5, 6, 2]}]
+            if n % 2
+            else [{"keypoints": [5, 6, 2]}, {}, {"keypoints": []}, {"keypoints": [0, 0, 0] * 3, "num_keypoints": 0}]
+        )
+    ]
+    file.write_text(json.dumps(listing))
+    domain = load_domain(str(tmp_path))
+    assert domain.left_out == ()
+    for sample in (s for part in SPLITS for s in domain.split(part)):
+        odd = int(Path(sample.key).stem) % 2
+        assert (len(sample), list(sample.labels)) == ((1, ["box", "point"]) if odd else (4, ["box"]))
+    domain.check(Config(prompt="box"))
+    with pytest.raises(InputError, match="3 of 7 images of .* have boxes without keypoints: --prompt box"):
+        domain.check(Config(prompt="point"))
 
 
 def test_a_domain_may_lie_anywhere_fsspec_reaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ def corrupted(domain: Domain, text: str) -> Domain:
             one = names[int(_rng(sample.key, ALL).integers(len(names)))]
             return replace(sample, image=corrupt(sample.image, one, severity, sample.key))
 
-        return Split(len(split), read, split.small)
+        return Split(len(split), read, split.small, split.unclicked)
 
     source = inspect.getsource(sys.modules[__name__])
     digest = hashlib.sha256(f"{domain.digest} {name} {severity} {source}".encode()).hexdigest()
