@@ -373,6 +373,20 @@ def test_one_listing_is_cut_by_shares_and_seed(tmp_path: Path) -> None:
     assert len(load_domain(f"{place}/other.json").split("train")) == 7
 
 
+def test_images_of_the_same_file_are_one(tmp_path: Path) -> None:
+    single(tmp_path)
+    file = tmp_path / "annotations/instances_default.json"
+    listing = json.loads(file.read_text())
+    listing["images"] += [{**i, "id": i["id"] + 10} for i in listing["images"]]
+    other = [24, 5, 30, 5, 30, 25, 24, 25]
+    listing["annotations"] += [{"id": n, "image_id": n, "segmentation": [other]} for n in range(10, 20)]
+    file.write_text(json.dumps(listing))
+    domain = load_domain(str(tmp_path))
+    assert [len(domain.split(s)) for s in SPLITS] == [7, 1, 2]
+    assert len({s.key for part in SPLITS for s in domain.split(part)}) == 10
+    assert columns(domain, "test", 0) == [(4, 9), (24, 29)]
+
+
 def test_a_cut_gives_each_split_something() -> None:
     for count in range(3, 40):
         for shares in ((0.7, 0.1, 0.2), (0.98, 0.01, 0.01), (0.01, 0.01, 0.98), (0.01, 0.98, 0.01)):
@@ -486,7 +500,7 @@ def test_boxes_without_keypoints_are_boxes(tmp_path: Path) -> None:
         odd = int(Path(sample.key).stem) % 2
         assert (len(sample), list(sample.labels)) == ((1, ["box", "point"]) if odd else (4, ["box"]))
     domain.check(Config(prompt="box"))
-    with pytest.raises(InputError, match="3 of 7 images of .* have boxes without keypoints: --prompt box"):
+    with pytest.raises(InputError, match=r"3 of 7 images of .* have boxes without keypoints: --prompt box"):
         domain.check(Config(prompt="point"))
 
 

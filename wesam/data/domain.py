@@ -165,8 +165,8 @@ class Domain:
 
     def shared(self, one: str, other: str) -> list[tuple[str, str]]:
         """The keys of the images that two splits have in common, pixel by pixel; reads all of both."""
-        mine = {_pixels(s): s.key for s in self.split(one)}
-        return [(mine[found], s.key) for s in self.split(other) if (found := _pixels(s)) in mine]
+        mine = {pixels_digest(s): s.key for s in self.split(one)}
+        return [(mine[found], s.key) for s in self.split(other) if (found := pixels_digest(s)) in mine]
 
     def check(self, config: Config) -> None:
         """Raises InputError if it lacks the labels that this configuration trains on or is scored with."""
@@ -186,8 +186,8 @@ class Domain:
         return 0 if config.crop or config.prompt == "grid" else self.split("train").small(side)
 
 
-def _pixels(sample: Sample) -> bytes:
-    """A digest of the image's size and pixels."""
+def pixels_digest(sample: Sample) -> bytes:
+    """A digest of the image's size and pixels, whatever its file."""
     return hashlib.blake2b(sample.image.contiguous().numpy().tobytes() + repr(sample.image.shape).encode()).digest()
 
 
