@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -24,7 +25,15 @@ from wesam.errors import InputError
 H, W = 40, 60
 
 
-pytestmark = pytest.mark.usefixtures("fresh_domains")
+pytestmark = pytest.mark.usefixtures("fresh_domains", "few")
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """COCO and VOC have as many files as those made here."""
+    for name, count in (("coco", 15), ("voc", 14)):
+        files = (PUBLISHED[name].files[0], count)
+        monkeypatch.setitem(PUBLISHED, name, replace(PUBLISHED[name], files=files))
 
 
 def photo(file: Path, size: tuple[int, int] = (H, W)) -> None:
@@ -253,6 +262,36 @@ def test_images_with_label_images(make: Callable[[Path], None], tmp_path: Path) 
         for i in range(len(domain.split(split))):
             assert sorted(columns(domain, split, i)) == BLOCKS
     assert "cut at random by seed 0" in domain.note
+
+
+@pytest.mark.parametrize("parts", [SPLITS, ("train", "val")])
+def test_own_data_laid_out_as_coco_are_no_published_set(tmp_path: Path, parts: tuple[str, ...]) -> None:
+    listings(tmp_path / "cells", "annotations/instances_{}2017.json", "{}2017", parts)
+    with pytest.raises(InputError, match=r"no COCO 2017 val in .* \(5000\) is looked for there"):
+        located("coco", str(tmp_path))
+    if parts == SPLITS:
+        domain = load_domain(str(tmp_path / "cells"))
+        assert (domain.name, domain.published) == ("cells", False)
+        assert [s.key for s in domain.split("train")] == [f"cells/train/train2017/{n}.png" for n in range(3)]
+    else:
+        with pytest.raises(InputError, match=r"no annotations/instances_test2017\.json in .*: a domain has"):
+            load_domain(str(tmp_path / "cells"))
+
+
+@pytest.mark.parametrize("coloured", [False, True])
+def test_own_data_laid_out_as_voc_are_no_published_set(tmp_path: Path, coloured: bool) -> None:
+    for n in range(10):
+        photo(tmp_path / f"cells/JPEGImages/{n}.jpg")
+        labels(tmp_path / f"cells/SegmentationObject/{n}.png", 1, 2, 255, mode="P")
+        if coloured:
+            pixels = np.zeros((H, W, 3), np.uint8)
+            pixels[5:25, 4:10] = (128, 0, 0)
+            pixels[5:25, 14:20] = (0, 0, 255)
+            Image.fromarray(pixels).save(tmp_path / f"cells/SegmentationObject/{n}.png")
+    domain = load_domain(str(tmp_path / "cells"))
+    assert (domain.name, domain.published) == ("cells", False)
+    assert [len(domain.split(s)) for s in SPLITS] == [7, 1, 2]
+    assert sorted(columns(domain, "train", 0)) == BLOCKS[:2]
 
 
 def test_folders_of_splits_are_kept(tmp_path: Path) -> None:
