@@ -437,6 +437,26 @@ def test_a_cut_gives_each_split_something() -> None:
     assert parse_cut("a@b/c") == ("a@b/c", None)
 
 
+@pytest.mark.parametrize("make", [maps, files, single, coco])
+def test_a_folder_called_as_a_built_in_domain_is_asked_about(
+    make: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "medical")
+    monkeypatch.chdir(tmp_path)
+    for name in ("medical", "medical+fog:1"):
+        with pytest.raises(InputError, match=r"'medical' is a built-in domain and a folder .*: write \./medical for"):
+            load_domain(located(name))
+    assert load_domain("./medical").note.startswith(("images", "COCO"))
+
+
+def test_a_built_in_domain_minds_no_folder_of_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    photo(tmp_path / "medical/sheet.png")
+    (tmp_path / "medical/adapter_config.json").write_text("{}")
+    (tmp_path / "clean").mkdir()
+    assert [load_domain(n).note.partition(":")[0] for n in ("medical", "clean")] == ["procedural"] * 2
+
+
 def test_what_a_folder_without_a_layout_lacks_is_said(tmp_path: Path) -> None:
     photo(tmp_path / "photos/1.jpg")
     with pytest.raises(InputError, match=r"is no domain: it has no train\.json.*no images/ with labels/ or masks/"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from wesam.data.corruptions import corrupted, is_corruption
 from wesam.data.domain import SPLITS, Domain, Sample, Split
 from wesam.data.files import is_address
-from wesam.data.folders import find_published, parse_cut, read_folder
+from wesam.data.folders import find_published, has_layout, parse_cut, read_folder
 from wesam.data.procedural import NOTES, procedural
 from wesam.data.published import PUBLISHED
 from wesam.errors import InputError, unknown
@@ -69,8 +69,11 @@ def load_domain(name: str) -> Domain:
     if corruption:
         return replace(corrupted(load_domain(base), corruption), published=False)
     if name in NOTES:
-        if (Path(name) / "train.json").is_file():
-            raise InputError(f"{name!r} is a built-in domain and a folder here: write ./{name} for the folder")
+        if Path(name).is_dir() and has_layout(name):
+            raise InputError(
+                f"{name!r} is a built-in domain and a folder of images here: write ./{name} for the folder, or go to "
+                "another folder for the built-in one"
+            )
         return procedural(name)
     if name in PUBLISHED:
         return read_folder(_published(name))

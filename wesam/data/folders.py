@@ -87,7 +87,7 @@ def read_folder(place: str) -> Domain:
     for layout in PUBLISHED.values():
         if layout.is_in(folder):
             return _uncut(cut, _read_published(folder, layout), place)
-    listings = [n for n in folder.names if re.fullmatch(r"(annotations/)?[^/]+\.json", n) and is_listing(folder, n)]
+    listings = _loose_listings(folder)
     if len(listings) == 1:
         return _one_listing(folder, listings[0], cut)
     if len(listings) > 1:
@@ -99,6 +99,17 @@ def read_folder(place: str) -> Domain:
         f"{place} is no domain: it has no train.json, val.json and test.json, no COCO listing, no images/ with labels/ "
         "or masks/ beside it, no JPEGImages/ with SegmentationObject/, and is none of the published data sets "
         f"({', '.join(PUBLISHED)})"
+    )
+
+
+def has_layout(place: str) -> bool:
+    """Whether there is something in a folder that :func:`read_folder` would read, be it right or wrong."""
+    folder = Folder(place)
+    return bool(
+        _listings(folder)
+        or any(layout.is_in(folder) for layout in PUBLISHED.values())
+        or _loose_listings(folder)
+        or any(_pairs(folder.names, images, labels) for images, labels, _ in LABEL_IMAGES)
     )
 
 
@@ -133,6 +144,11 @@ def _listings(folder: Folder) -> dict[str, tuple[str, Sequence[str]]]:
     if not nested:
         return {}
     return {s: (f"{d}/_annotations.coco.json", (f"{d}/",)) for s in SPLITS for d in (nested.get(s, s),)}
+
+
+def _loose_listings(folder: Folder) -> list[str]:
+    """The COCO listings in the folder itself and in ``annotations/``, whatever they are called."""
+    return [n for n in folder.names if re.fullmatch(r"(annotations/)?[^/]+\.json", n) and is_listing(folder, n)]
 
 
 def _places(name: str) -> Sequence[str]:
