@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from wesam.adapters import WEIGHTS_FILE, AdaptedSam, made_for
 from wesam.anchor import Anchor
 from wesam.console import guarded, line, progress, table, write_json
 from wesam.data import NOTES, PUBLISHED, SPLITS, Domain, Split, load_domain, located
-from wesam.data.domain import Unusable
+from wesam.data.domain import Unusable, pixels_digest
 from wesam.data.images import read_image
 from wesam.errors import InputError
 from wesam.evaluate import baseline, crop_of, evaluate, predict
@@ -77,6 +78,7 @@ def _domains(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> int:
     fatal: list[str] = []
+    shared: list[str] = []
     rows: list[dict[str, Any]] = []
     domain: Domain | None = None
     try:
@@ -86,11 +88,15 @@ def _check(args: argparse.Namespace) -> int:
         domain = e.rest if isinstance(e, Unusable) else None
     left_out = domain.left_out if domain else ()
     if domain:
+        keys: dict[str, dict[bytes, str]] = {name: {} for name in domain.splits}
         for name, split in domain.splits.items():
-            rows.append({"split": name, "images": len(split), **_told(name, split, fatal)})
+            rows.append({"split": name, "images": len(split), **_told(name, split, fatal, keys[name])})
         line("")
+        shared = [told for one, other in combinations(keys, 2) if (told := _shared(one, other, keys))]
     for fault in fatal:
         print(f"error: {fault}")
+    for fault in shared:
+        print(f"shared: {fault}")
     for fault in left_out:
         print(f"left out: {fault}")
     if rows:
@@ -104,13 +110,18 @@ def _check(args: argparse.Namespace) -> int:
                 f"wesam evaluate --domain {args.domain} --split val --instances 4 with and without --crop 2"
             )
     verdict = "unusable" if fatal else "usable"
-    print(f"{args.domain} is {verdict}: {len(fatal)} errors, {len(left_out)} annotations left out")
-    write_json(args.json, {"domain": args.domain, "errors": fatal, "left_out": left_out, "splits": rows})
+    disjoint = f", but {len(shared)} pairs of its splits share images" if shared else ""
+    print(f"{args.domain} is {verdict}: {len(fatal)} errors, {len(left_out)} annotations left out{disjoint}")
+    write_json(
+        args.json, {"domain": args.domain, "errors": fatal, "shared": shared, "left_out": left_out, "splits": rows}
+    )
     return 1 if fatal else 0
 
 
-def _told(name: str, split: Split, fatal: list[str]) -> dict[str, Any]:
-    """What a split holds, all of it read; a line for each thing that is wrong goes into ``fatal``."""
+def _told(name: str, split: Split, fatal: list[str], keys: dict[bytes, str]) -> dict[str, Any]:
+    """What a split holds, all of it read; a line for each thing that is wrong goes into ``fatal``, each image's key by
+    the digest of its pixels into ``keys``.
+    """
     instances, sides = 0, [torch.zeros(0)]
     for i in range(len(split)):
         line(f"reading {name} {i + 1}/{len(split)}")
@@ -119,11 +130,20 @@ def _told(name: str, split: Split, fatal: list[str]) -> dict[str, Any]:
         except InputError as e:
             fatal += str(e).splitlines()
             continue
+        keys[pixels_digest(sample)] = sample.key
         instances += len(sample)
         if (boxes := sample.boxes) is not None:
             sides.append((boxes[:, 2:] - boxes[:, :2]).amax(1) / max(sample.image.shape[1:]))
     known = torch.cat(sides)
     return {"instances": instances, "median_side": float(known.median()) if len(known) else None}
+
+
+def _shared(one: str, other: str, keys: Mapping[str, Mapping[bytes, str]]) -> str:
+    """What two splits have in common, in a line; nothing if that is no image."""
+    both = [(key, keys[other][digest]) for digest, key in keys[one].items() if digest in keys[other]]
+    if not both:
+        return ""
+    return f"{one} and {other} share {len(both)} image{'s' if len(both) > 1 else ''}, {both[0][0]} is {both[0][1]}"
 
 
 def _show(args: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ POINTS = 5
 VERTICES = 8
 """The most vertices of a coarse mask's polygon."""
 
-CHANGED: dict[str, int] = {"coarse": 2, "coarse-box": 2}
+CHANGED: dict[str, int] = {"coarse": 3, "coarse-box": 3}
 """The version of a kind of label that is not what it first was: the same masks give others, or the model takes them in
 another form."""
 
@@ -226,16 +226,21 @@ class Prompts:
 
     @classmethod
     def concatenate(cls, parts: list[Self]) -> Self:
-        """The prompts of several images as one, in order; all of the same kind."""
+        """The prompts of several images as one, in order; all of the same kind.
 
-        def joined(name: str) -> Tensor | None:
-            return None if getattr(parts[0], name) is None else torch.cat([getattr(p, name) for p in parts])
-
-        polygons = None if parts[0].polygons is None else tuple(g for p in parts for g in p.polygons or ())
+        Lists of clicks become as long as the longest: what is added is NO_CLICK at (0, 0).
+        """
+        if parts[0].polygons is not None:
+            return replace(parts[0], polygons=tuple(g for p in parts for g in p.polygons or ()))
+        if parts[0].boxes is not None:
+            return replace(parts[0], boxes=torch.cat([p.boxes for p in parts if p.boxes is not None]))
+        clicks = [(p.points, p.point_labels) for p in parts if p.points is not None and p.point_labels is not None]
+        most = max(points.shape[1] for points, _ in clicks)
         return replace(
-            parts[0], boxes=joined("boxes"), points=joined("points"), point_labels=joined("point_labels"),
-            polygons=polygons,
-        )  # fmt: skip
+            parts[0],
+            points=torch.cat([F.pad(points, (0, 0, 0, most - points.shape[1])) for points, _ in clicks]),
+            point_labels=torch.cat([F.pad(x, (0, most - x.shape[1]), value=NO_CLICK) for _, x in clicks]),
+        )
 
 
 def changed_labels(*kinds: str) -> str:
@@ -247,7 +252,8 @@ def weak_labels(masks: Tensor, kind: PromptKind, key: str) -> Prompts:
     """The weak labels that a person would have given once for these instances.
 
     masks: bool [N, H, W], each with at least one pixel. key: names the image; the same key and mask give the same label
-    in every epoch, process and run, whatever other instances there are. Returns prompts in the frame of the masks.
+    in every epoch, process and run, whatever other instances there are. Returns prompts in the frame of the masks. A
+    mask that fills its image has no clicks outside: they are NO_CLICK.
     """
     if kind in ("box", "tight-box"):
         return Prompts(boxes=tight_boxes(masks), tight=kind == "tight-box")
@@ -256,7 +262,8 @@ def weak_labels(masks: Tensor, kind: PromptKind, key: str) -> Prompts:
         return polygons if kind == "coarse" else Prompts(boxes=polygons.extents())
     count = int(kind.removeprefix("point") or POINTS)
     points = [_clicks(_rng(key, m), m, count, count) for m in masks.numpy()]
-    labels = torch.tensor([1] * count + [0] * count).expand(len(masks), -1)
+    labels = torch.tensor([1] * count + [0] * count).repeat(len(masks), 1)
+    labels[masks.flatten(1).all(1), count:] = NO_CLICK
     return Prompts(points=torch.from_numpy(np.stack(points)), point_labels=labels)
 
 
@@ -311,7 +318,7 @@ def _polygon(mask: np.ndarray) -> Tensor:
     for y, x in np.ndindex(2, 2):
         corners[y : y + mask.shape[0], x : x + mask.shape[1]] |= mask
     contours, _ = cv2.findContours(corners, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    outline = max(contours, key=len)
+    outline = max(contours, key=cv2.contourArea)
     tolerance = 0.01 * cv2.arcLength(outline, True)
     polygon = outline
     while len(polygon) > VERTICES:

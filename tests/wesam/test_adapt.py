@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import gc
+import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -9,9 +11,11 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from segment_anything.modeling import Sam
 
 from tests.conftest import first
@@ -21,7 +25,7 @@ from wesam.adapters import WEIGHTS_FILE, AdaptedSam
 from wesam.anchor import Anchor
 from wesam.config import Config, PromptKind, preset
 from wesam.crops import WHOLE
-from wesam.data import Domain, load_domain
+from wesam.data import SPLITS, Domain, load_domain
 from wesam.errors import InputError
 from wesam.evaluate import Scores, evaluate
 from wesam.methods import get_method
@@ -119,6 +123,25 @@ def test_prompts_are_the_same_in_every_epoch(sam: Sam, camouflaged: Domain) -> N
             seen.setdefault(image.numpy().tobytes(), set()).add(b"".join(clicks))
     assert len(seen) == 6
     assert all(len(v) == 1 for v in seen.values())
+
+
+@pytest.mark.parametrize("method", ["wesam", "wesam+", "wdass"])
+def test_images_of_a_batch_may_have_different_numbers_of_clicks(sam: Sam, method: str, tmp_path: Path) -> None:
+    folder, rng = tmp_path / "poses", np.random.default_rng(0)
+    folder.mkdir()
+    for split in SPLITS:
+        images, annotations = [], []
+        for n in range(3):
+            Image.fromarray(rng.integers(0, 255, (64, 80, 3), np.uint8)).save(folder / f"{split}{n}.png")
+            images.append({"id": n, "file_name": f"{split}{n}.png", "height": 64, "width": 80})
+            clicks = [v for k in range(3) for v in (20 + 9 * k, 30, 2 if k <= n else 0)]
+            annotations.append({"id": n, "image_id": n, "keypoints": clicks})
+        (folder / f"{split}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    domain = load_domain(str(folder))
+    assert [len(s.weak_labels("point").points[0]) for s in domain.split("train")] == [1, 2, 3]  # type: ignore[index]
+    config = SHORT.replace({"method": method, "prompt": "point", "optim.batch_size": 3, "steps": 2})
+    reports = run(sam, domain, config)
+    assert all(math.isfinite(r.losses["total"]) for r in reports[1:])
 
 
 def test_views_share_one_geometry_with_prompts_and_answers(sam: Sam) -> None:

@@ -227,6 +227,22 @@ def test_check_says_how_large_instances_are(
     assert "--crop 2" in capsys.readouterr().out
 
 
+def test_check_lists_images_that_splits_share(
+    coco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(coco_folder), "--json", str(tmp_path / "r.json")]) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["shared"] == []
+    assert "shared:" not in capsys.readouterr().out
+    for n in range(2):
+        shutil.copy(coco_folder / f"images/train-{n}.png", coco_folder / f"images/test-{n}.png")
+    assert main(["check", str(coco_folder), "--json", str(tmp_path / "r.json")]) == 0
+    line = "train and test share 2 images, shapes/train/images/train-0.png is shapes/test/images/test-0.png"
+    assert json.loads((tmp_path / "r.json").read_text())["shared"] == [line]
+    told = capsys.readouterr().out
+    assert f"shared: {line}\n" in told
+    assert "0 annotations left out, but 1 pairs of its splits share images" in told
+
+
 def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
     command = ["evaluate", "--domain", str(coco_folder), "--json", str(tmp_path / "r.json")]
     assert main([*command, "--baseline", "box"]) == 0

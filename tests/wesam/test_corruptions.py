@@ -104,6 +104,28 @@ def test_a_folder_can_be_corrupted_and_searched(coco_folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("c++/cells@80/10/10", ("c++/cells@80/10/10", "")),
+        ("c++/cells@80/10/10@3+fog:1", ("c++/cells@80/10/10@3", "fog:1")),
+        ("c++/cells+frosty", ("c++/cells", "frosty")),
+        ("c++/cells/", ("c++/cells/", "")),
+        ("a+b@60/20/20", ("a+b@60/20/20", "")),
+        ("s3://bucket/a+b", ("s3://bucket/a+b", "")),
+        ("s3://bucket/a+b+fog", ("s3://bucket/a+b", "fog")),
+        ("s3://bucket/a+b/c+all:2", ("s3://bucket/a+b/c", "all:2")),
+        ("coco+frosty", ("coco", "frosty")),
+    ],
+)
+def test_a_plus_may_be_part_of_a_name(
+    name: str, parts: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "c++/cells").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert parted(name) == parts
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("clean+frosty", "unknown corruption 'frosty': did you mean 'frost'"),

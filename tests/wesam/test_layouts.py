@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from wesam.config import Config
 from wesam.data import SPLITS, Domain, load_domain, located
 from wesam.data.files import Folder
 from wesam.data.folders import Cut, parse_cut
@@ -23,7 +25,15 @@ from wesam.errors import InputError
 H, W = 40, 60
 
 
-pytestmark = pytest.mark.usefixtures("fresh_domains")
+pytestmark = pytest.mark.usefixtures("fresh_domains", "few")
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """COCO and VOC have as many files as those made here."""
+    for name, count in (("coco", 15), ("voc", 14)):
+        files = (PUBLISHED[name].files[0], count)
+        monkeypatch.setitem(PUBLISHED, name, replace(PUBLISHED[name], files=files))
 
 
 def photo(file: Path, size: tuple[int, int] = (H, W)) -> None:
@@ -254,6 +264,36 @@ def test_images_with_label_images(make: Callable[[Path], None], tmp_path: Path) 
     assert "cut at random by seed 0" in domain.note
 
 
+@pytest.mark.parametrize("parts", [SPLITS, ("train", "val")])
+def test_own_data_laid_out_as_coco_are_no_published_set(tmp_path: Path, parts: tuple[str, ...]) -> None:
+    listings(tmp_path / "cells", "annotations/instances_{}2017.json", "{}2017", parts)
+    with pytest.raises(InputError, match=r"no COCO 2017 val in .* \(5000\) is looked for there"):
+        located("coco", str(tmp_path))
+    if parts == SPLITS:
+        domain = load_domain(str(tmp_path / "cells"))
+        assert (domain.name, domain.published) == ("cells", False)
+        assert [s.key for s in domain.split("train")] == [f"cells/train/train2017/{n}.png" for n in range(3)]
+    else:
+        with pytest.raises(InputError, match=r"no annotations/instances_test2017\.json in .*: a domain has"):
+            load_domain(str(tmp_path / "cells"))
+
+
+@pytest.mark.parametrize("coloured", [False, True])
+def test_own_data_laid_out_as_voc_are_no_published_set(tmp_path: Path, coloured: bool) -> None:
+    for n in range(10):
+        photo(tmp_path / f"cells/JPEGImages/{n}.jpg")
+        labels(tmp_path / f"cells/SegmentationObject/{n}.png", 1, 2, 255, mode="P")
+        if coloured:
+            pixels = np.zeros((H, W, 3), np.uint8)
+            pixels[5:25, 4:10] = (128, 0, 0)
+            pixels[5:25, 14:20] = (0, 0, 255)
+            Image.fromarray(pixels).save(tmp_path / f"cells/SegmentationObject/{n}.png")
+    domain = load_domain(str(tmp_path / "cells"))
+    assert (domain.name, domain.published) == ("cells", False)
+    assert [len(domain.split(s)) for s in SPLITS] == [7, 1, 2]
+    assert sorted(columns(domain, "train", 0)) == BLOCKS[:2]
+
+
 def test_folders_of_splits_are_kept(tmp_path: Path) -> None:
     for part, count in (("train", 20), ("test", 5)):
         for n in range(count):
@@ -372,6 +412,20 @@ def test_one_listing_is_cut_by_shares_and_seed(tmp_path: Path) -> None:
     assert len(load_domain(f"{place}/other.json").split("train")) == 7
 
 
+def test_images_of_the_same_file_are_one(tmp_path: Path) -> None:
+    single(tmp_path)
+    file = tmp_path / "annotations/instances_default.json"
+    listing = json.loads(file.read_text())
+    listing["images"] += [{**i, "id": i["id"] + 10} for i in listing["images"]]
+    other = [24, 5, 30, 5, 30, 25, 24, 25]
+    listing["annotations"] += [{"id": n, "image_id": n, "segmentation": [other]} for n in range(10, 20)]
+    file.write_text(json.dumps(listing))
+    domain = load_domain(str(tmp_path))
+    assert [len(domain.split(s)) for s in SPLITS] == [7, 1, 2]
+    assert len({s.key for part in SPLITS for s in domain.split(part)}) == 10
+    assert columns(domain, "test", 0) == [(4, 9), (24, 29)]
+
+
 def test_a_cut_gives_each_split_something() -> None:
     for count in range(3, 40):
         for shares in ((0.7, 0.1, 0.2), (0.98, 0.01, 0.01), (0.01, 0.01, 0.98), (0.01, 0.98, 0.01)):
@@ -381,6 +435,26 @@ def test_a_cut_gives_each_split_something() -> None:
     with pytest.raises(InputError, match="too few"):
         Cut()(range(2))
     assert parse_cut("a@b/c") == ("a@b/c", None)
+
+
+@pytest.mark.parametrize("make", [maps, files, single, coco])
+def test_a_folder_called_as_a_built_in_domain_is_asked_about(
+    make: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "medical")
+    monkeypatch.chdir(tmp_path)
+    for name in ("medical", "medical+fog:1"):
+        with pytest.raises(InputError, match=r"'medical' is a built-in domain and a folder .*: write \./medical for"):
+            load_domain(located(name))
+    assert load_domain("./medical").note.startswith(("images", "COCO"))
+
+
+def test_a_built_in_domain_minds_no_folder_of_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    photo(tmp_path / "medical/sheet.png")
+    (tmp_path / "medical/adapter_config.json").write_text("{}")
+    (tmp_path / "clean").mkdir()
+    assert [load_domain(n).note.partition(":")[0] for n in ("medical", "clean")] == ["procedural"] * 2
 
 
 def test_what_a_folder_without_a_layout_lacks_is_said(tmp_path: Path) -> None:
@@ -445,7 +519,7 @@ def test_weak_labels_given_as_such(tmp_path: Path) -> None:
             {"id": 7, "image_id": 1, "bbox": [4, 5, 6, 20], "keypoints": [99, 6, 2]},
             {"id": 8, "image_id": 1, "bbox": [4, 5, 6, 20], "keypoints": [5, 6, 3]},
             {"id": 9, "image_id": 1, "bbox": [4, 5, 6, 20], "keypoints": [5, 6]},
-            {"id": 10, "image_id": 1, "bbox": [4, 5, 6, 20]},
+            {"id": 10, "image_id": 1, "bbox": [4, 5, 6, 20], "keypoints": [5, 6, 0, 7]},
             {"id": 11, "image_id": 2, "bbox": [1, 1, 6, 20], "keypoints": [5, 6, 2]},
         ]
         (tmp_path / f"{split}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
@@ -458,10 +532,35 @@ def test_weak_labels_given_as_such(tmp_path: Path) -> None:
     clicks = sample.weak_labels("point")
     assert clicks.point_labels.tolist() == [[1, 0, -1], [1, 1, 0]]  # type: ignore[union-attr]
     assert torch.equal(clicks.extents(), torch.tensor([[5.0, 6, 5, 6], [5, 6, 7, 7]]))
+    domain.check(Config(prompt="point"))
     with pytest.raises(InputError, match="has no masks, only weak labels: --prompt box or point"):
         sample.weak_labels("coarse")
     with pytest.raises(InputError, match=r"has no masks, only weak labels \(box, point\): no mIoU"):
         _ = sample.masks
+
+
+def test_boxes_without_keypoints_are_boxes(tmp_path: Path) -> None:
+    single(tmp_path)
+    file = tmp_path / "annotations/instances_default.json"
+    listing = json.loads(file.read_text())
+    listing["annotations"] = [
+        {"id": 4 * n + k, "image_id": n, "bbox": [4 + 9 * k, 5, 6, 20], **clicks}
+        for n in range(10)
+        for k, clicks in enumerate(
+            [{"keypoints": [5, 6, 2]}]
+            if n % 2
+            else [{"keypoints": [5, 6, 2]}, {}, {"keypoints": []}, {"keypoints": [0, 0, 0] * 3, "num_keypoints": 0}]
+        )
+    ]
+    file.write_text(json.dumps(listing))
+    domain = load_domain(str(tmp_path))
+    assert domain.left_out == ()
+    for sample in (s for part in SPLITS for s in domain.split(part)):
+        odd = int(Path(sample.key).stem) % 2
+        assert (len(sample), list(sample.labels)) == ((1, ["box", "point"]) if odd else (4, ["box"]))
+    domain.check(Config(prompt="box"))
+    with pytest.raises(InputError, match=r"3 of 7 images of .* have boxes without keypoints: --prompt box"):
+        domain.check(Config(prompt="point"))
 
 
 def test_a_domain_may_lie_anywhere_fsspec_reaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,6 +583,21 @@ def test_a_domain_may_lie_anywhere_fsspec_reaches(tmp_path: Path, monkeypatch: p
     with pytest.raises(InputError, match="cannot read nosuch://bucket"):
         load_domain("nosuch://bucket/cells")
     system.rm("/bucket", recursive=True)
+
+
+@pytest.mark.parametrize("inner", ["", "deep/cells"])
+def test_a_domain_may_lie_in_an_archive(inner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WESAM_HOME", str(tmp_path / "home"))
+    maps(tmp_path / "whole" / inner)
+    archive = shutil.make_archive(str(tmp_path / "cells"), "zip", tmp_path / "whole")
+    here, there = load_domain(str(tmp_path / "whole" / inner)), load_domain(located(f"zip://{inner}::{archive}"))
+    for split in SPLITS:
+        for a, b in zip(here.split(split), there.split(split), strict=True):
+            assert torch.equal(a.image, b.image)
+            assert torch.equal(a.masks, b.masks)
+    assert Folder(f"zip://{inner}::{archive}").path("a/1.png") == f"zip://{Path(inner) / 'a/1.png'}::{archive}"
+    cached = load_domain(f"simplecache::file://{tmp_path}/whole/{inner}")
+    assert [len(cached.split(s)) for s in SPLITS] == [7, 1, 2]
 
 
 def test_the_cache_of_distant_files_stays_below_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

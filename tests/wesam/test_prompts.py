@@ -10,7 +10,7 @@ import torch
 from wesam.config import PromptKind
 from wesam.data import load_domain
 from wesam.evaluate import overlap
-from wesam.prompts import POINTS, VERTICES, Prompts, tight_boxes, weak_labels
+from wesam.prompts import NO_CLICK, POINTS, VERTICES, Prompts, tight_boxes, weak_labels
 from wesam.views import flip
 
 KINDS: tuple[PromptKind, ...] = ("box", "tight-box", "point", "coarse", "coarse-box", "point1", "point10")
@@ -91,6 +91,13 @@ def test_a_rectangle_is_its_own_coarse_mask() -> None:
     assert torch.equal(prompts.filled((20, 30)), masks)
 
 
+def test_a_coarse_mask_is_of_the_largest_part() -> None:
+    mask = torch.zeros(1, 50, 200, dtype=torch.bool)
+    mask[0, 10:40, 10:40] = True
+    mask[0, 45, 5:195] = True
+    assert weak_labels(mask, "coarse-box", "x").boxes.tolist() == [[10, 10, 40, 40]]  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("flips", [(True, False), (False, True), (True, True)])
 def test_flipped_labels_are_labels_of_the_flipped_image(kind: PromptKind, flips: tuple[bool, bool]) -> None:
@@ -148,6 +155,19 @@ def test_tight_boxes_stay_tight_in_whatever_is_made_of_them() -> None:
         Prompts(polygons=(torch.zeros(3, 2),), tight=True)
 
 
+def test_clicks_are_concatenated_whatever_their_number() -> None:
+    one, two = torch.tensor([[[1.0, 2]]]), torch.tensor([[[3.0, 4], [5, 6]], [[7, 8], [9, 10]]])
+    parts = [
+        Prompts(points=one, point_labels=torch.tensor([[1]])),
+        Prompts(points=two, point_labels=torch.tensor([[1, 0], [1, 1]])),
+    ]
+    whole = Prompts.concatenate(parts)
+    assert whole.points is not None
+    assert whole.point_labels is not None
+    assert whole.points.tolist() == [[[1, 2], [0, 0]], *two.tolist()]
+    assert whole.point_labels.tolist() == [[1, NO_CLICK], [1, 0], [1, 1]]
+
+
 def test_a_filled_box_holds_the_pixels_whose_centres_it_holds_and_at_least_one() -> None:
     boxes = Prompts(boxes=torch.tensor([[1.0, 2, 4, 4], [1.4, 0.6, 3.4, 2.4], [2.2, 3.1, 2.4, 3.3], [-5, -5, 1, 1]]))
     found = [[(int(x), int(y)) for y, x in mask.nonzero()] for mask in boxes.filled((6, 5))]
@@ -166,6 +186,9 @@ def test_specks_and_full_images_have_labels_of_every_kind() -> None:
     masks[1] = True
     for kind in KINDS:
         assert len(weak_labels(masks, kind, "x")) == 2
+    labels = weak_labels(masks, "point1", "x").point_labels
+    assert labels is not None
+    assert labels.tolist() == [[1, 0], [1, NO_CLICK]], "nothing is beside what fills the image"
 
 
 def test_noise_moves_boxes_and_leaves_clicks_out_but_never_all_of_them() -> None:

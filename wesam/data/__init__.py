@@ -7,10 +7,10 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from wesam.data.corruptions import corrupted
+from wesam.data.corruptions import corrupted, is_corruption
 from wesam.data.domain import SPLITS, Domain, Sample, Split
 from wesam.data.files import is_address
-from wesam.data.folders import find_published, parse_cut, read_folder
+from wesam.data.folders import find_published, has_layout, parse_cut, read_folder
 from wesam.data.procedural import NOTES, procedural
 from wesam.data.published import PUBLISHED
 from wesam.errors import InputError, unknown
@@ -22,9 +22,17 @@ def domain_names() -> list[str]:
 
 
 def parted(name: str) -> tuple[str, str]:
-    """What a domain is given as, in two: the name or the folder, and the corruption behind its last "+" or ""."""
-    base, plus, corruption = name.rpartition("+")
-    return (base, corruption) if plus and not Path(name).exists() else (name, "")
+    """What a domain is given as, in two: the name or the folder, and the corruption behind its last "+" or "".
+
+    A "+" with a "/" behind it is part of a name, and so is one with no corruption behind it, unless what is before it
+    is there.
+    """
+    base, _, corruption = name.rpartition("+")
+    if not base or not corruption or "/" in corruption or Path(name).exists():
+        return name, ""
+    if is_corruption(corruption) or base in domain_names() or Path(parse_cut(base)[0]).exists():
+        return base, corruption
+    return name, ""
 
 
 def located(name: str, root: str = "") -> str:
@@ -61,8 +69,11 @@ def load_domain(name: str) -> Domain:
     if corruption:
         return replace(corrupted(load_domain(base), corruption), published=False)
     if name in NOTES:
-        if (Path(name) / "train.json").is_file():
-            raise InputError(f"{name!r} is a built-in domain and a folder here: write ./{name} for the folder")
+        if Path(name).is_dir() and has_layout(name):
+            raise InputError(
+                f"{name!r} is a built-in domain and a folder of images here: write ./{name} for the folder, or go to "
+                "another folder for the built-in one"
+            )
         return procedural(name)
     if name in PUBLISHED:
         return read_folder(_published(name))

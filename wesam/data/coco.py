@@ -27,11 +27,12 @@ def listed(
     """The images with instances in the listing of this name that are there, in its order; None if it is unusable.
 
     places: what may go before each ``file_name``, a folder with "/" at its end, or nothing: one of them for the whole
-    listing. all_images: those without instances too. unlabelled: all images, if there is no annotation. Masks are
-    polygons, compressed or uncompressed RLE. Where no annotation of the listing has a ``segmentation``, its ``bbox``
-    and ``keypoints`` are the given weak labels: a keypoint with v = 2 is a click on the object, with v = 1 one beside
-    it. Crowd regions are left out; annotations that are wrong are left out too, and listed in ``found``, as is, in one
-    line, how many images are missing. The listing and its images' sizes in bytes go into the digest.
+    listing. Images of the same file are one, with the instances of all. all_images: those without instances too.
+    unlabelled: all images, if there is no annotation. Masks are polygons, compressed or uncompressed RLE. Where no
+    annotation of the listing has a ``segmentation``, its ``bbox`` and ``keypoints`` are the given weak labels: a
+    keypoint with v = 2 is a click on the object, with v = 1 one beside it; a box may be without. Crowd regions are left
+    out; annotations that are wrong are left out too, and listed in ``found``, as is, in one line, how many images are
+    missing. The listing and its images' sizes in bytes go into the digest.
     """
     path = folder.path(name)
     try:
@@ -57,10 +58,13 @@ def listed(
     known = _images(path, listing["images"], found)
     instances = _instances(path, listing["annotations"], known, found)
     place = _place(folder, [i["file_name"] for i in known.values()], places)
+    joined: dict[tuple[str, Size], list[Any]] = {}
+    for key, image in known.items():
+        joined.setdefault((place + image["file_name"], (image["height"], image["width"])), []).extend(instances[key])
     entries = [
-        Entry(place + i["file_name"], (i["height"], i["width"]), instances[i["id"]])
-        for i in known.values()
-        if instances[i["id"]] or all_images or (unlabelled and not listing["annotations"])
+        Entry(file, size, given)
+        for (file, size), given in joined.items()
+        if given or all_images or (unlabelled and not listing["annotations"])
     ]
     if not entries and len(found.fatal) == before:
         found.fatal.append(f"{path} has no image with an instance")
@@ -161,9 +165,13 @@ def _instances(path: str, annotations: list[Any], images: dict[Any, Json], found
 
 
 def _given(annotation: Json, kinds: list[str], size: Size) -> Given:
-    """The weak labels of these kinds; raises ValueError, in words, if one is missing or wrong."""
+    """The weak labels of these kinds, a box perhaps without clicks; raises ValueError, in words, if one is missing or
+    wrong.
+    """
     box = _box(annotation.get("bbox"), size) if "bbox" in kinds else None
-    return Given(box, _clicks(annotation.get("keypoints"), size) if "keypoints" in kinds else ())
+    keypoints = annotation.get("keypoints")
+    none = not keypoints or (_numbers(keypoints) and len(keypoints) % 3 == 0 and not any(keypoints[2::3]))
+    return Given(box, () if "keypoints" not in kinds or (box and none) else _clicks(keypoints, size))
 
 
 def _box(given: Any, size: Size) -> tuple[float, float, float, float]:

@@ -36,15 +36,25 @@ HARDEST = 5
 """The severity where none is given, the paper's."""
 
 
+def parse_corruption(text: str) -> tuple[str, int]:
+    """A corruption's name and severity, as in ``fog:3``; HARDEST where none is given."""
+    found = re.fullmatch(r"(.*?):?(\d*)", text, re.DOTALL)
+    assert found
+    return found[1], int(found[2] or HARDEST)
+
+
+def is_corruption(text: str) -> bool:
+    """Whether this names one, or ``all`` of them, whatever its severity."""
+    return parse_corruption(text)[0] in {ALL, *CORRUPTIONS}
+
+
 def corrupted(domain: Domain, text: str) -> Domain:
     """The domain as a corruption leaves it, its masks and weak labels as they were.
 
     text: ``NAME`` or ``NAME:SEVERITY``, of ``CORRUPTIONS`` or ``all``. The new domain's name is the old one's, "+", the
     corruption and its severity. Raises InputError for an unknown name or severity.
     """
-    found = re.fullmatch(r"(.*?):?(\d*)", text)
-    assert found
-    name, severity = found[1], int(found[2] or HARDEST)
+    name, severity = parse_corruption(text)
     if name not in {ALL, *CORRUPTIONS}:
         raise unknown("corruption", name, [*CORRUPTIONS, ALL])
     if not 1 <= severity <= HARDEST:
@@ -57,7 +67,7 @@ def corrupted(domain: Domain, text: str) -> Domain:
             one = names[int(_rng(sample.key, ALL).integers(len(names)))]
             return replace(sample, image=corrupt(sample.image, one, severity, sample.key))
 
-        return Split(len(split), read, split.small)
+        return Split(len(split), read, split.small, split.unclicked)
 
     source = inspect.getsource(sys.modules[__name__])
     digest = hashlib.sha256(f"{domain.digest} {name} {severity} {source}".encode()).hexdigest()

@@ -108,10 +108,15 @@ KEPT_BYTES = 2**30
 class Split(Sequence[Sample]):
     """The images of one split, read when asked for and then kept while they fit."""
 
-    def __init__(self, size: int, read: Callable[[int], Sample], small: Callable[[int], int] = lambda side: 0) -> None:
+    def __init__(
+        self, size: int, read: Callable[[int], Sample], small: Callable[[int], int] = lambda side: 0,
+        unclicked: int = 0,
+    ) -> None:  # fmt: skip
         self.read = read
         self.small = small
         """How many of all instances are too small for a model of this input side (:meth:`Sample.visible`)."""
+        self.unclicked = unclicked
+        """How many images have a given box without clicks, and so no clicks to prompt with."""
         self._kept: list[Sample | None] = [None] * size
         self._bytes = 0
 
@@ -160,22 +165,29 @@ class Domain:
 
     def shared(self, one: str, other: str) -> list[tuple[str, str]]:
         """The keys of the images that two splits have in common, pixel by pixel; reads all of both."""
-        mine = {_pixels(s): s.key for s in self.split(one)}
-        return [(mine[found], s.key) for s in self.split(other) if (found := _pixels(s)) in mine]
+        mine = {pixels_digest(s): s.key for s in self.split(one)}
+        return [(mine[found], s.key) for s in self.split(other) if (found := pixels_digest(s)) in mine]
 
     def check(self, config: Config) -> None:
         """Raises InputError if it lacks the labels that this configuration trains on or is scored with."""
-        if config.prompt != "grid":
-            self.split("train")[0].weak_labels(config.prompt)
-        self.split("val")[0].weak_labels(config.scored_with)
+        used: dict[str, PromptKind] = {"train": config.prompt, "val": config.scored_with}
+        for name, kind in used.items():
+            split = self.split(name)
+            if kind == "point" and 0 < split.unclicked < len(split):
+                raise InputError(
+                    f"{split.unclicked} of {len(split)} images of {self.name}, {name}, have boxes without keypoints: "
+                    "--prompt box, or leave those annotations away"
+                )
+            if name == "val" or kind != "grid":
+                split[0].weak_labels(kind)
 
     def vanished(self, config: Config, side: int) -> int:
         """How many training instances a model of this input side is not trained on, since it could not see them."""
         return 0 if config.crop or config.prompt == "grid" else self.split("train").small(side)
 
 
-def _pixels(sample: Sample) -> bytes:
-    """A digest of the image's size and pixels."""
+def pixels_digest(sample: Sample) -> bytes:
+    """A digest of the image's size and pixels, whatever its file."""
     return hashlib.blake2b(sample.image.contiguous().numpy().tobytes() + repr(sample.image.shape).encode()).digest()
 
 

@@ -51,8 +51,12 @@ class Folder:
         return name in self.folders or name in self.sizes if self._here is None else (self._here / name).exists()
 
     def path(self, name: str) -> str:
-        """How a message calls this file."""
-        return f"{self.place}/{name}"
+        """How a message calls this file; what an address is chained to stays behind the name."""
+        protocol, slashes, path = self.place.partition("://")
+        path, chain, rest = path.partition("::")
+        if not chain:
+            return f"{self.place}/{name}"
+        return f"{protocol}{slashes}{path.rstrip('/')}{'/' if path else ''}{name}{chain}{rest}"
 
     def local(self, name: str) -> Path:
         """The file, here; raises InputError if it cannot be had."""
@@ -86,13 +90,13 @@ class Folder:
     @cached_property
     def sizes(self) -> dict[str, int]:
         """All files of a distant folder with their sizes in bytes."""
-        system, base = self.system, self._base
+        system, base = self._reached
         try:
             found = system.find(base, detail=True)
         except Exception as e:  # each kind of storage has errors of its own
             raise InputError(f"cannot read {self.place}: {_reason(e)}") from None
-        start = len(self._base.rstrip("/")) + 1
-        files = {str(k)[start:]: int(v.get("size") or 0) for k, v in found.items()}
+        start = len(base.rstrip("/"))
+        files = {str(k)[start:].lstrip("/"): int(v.get("size") or 0) for k, v in found.items()}
         return {k: v for k, v in files.items() if not any(p.startswith(".") for p in k.split("/"))}
 
     @cached_property
@@ -114,21 +118,19 @@ class Folder:
             yield from (Folder(str(f)) for f in level)
 
     @cached_property
-    def system(self) -> Any:
-        """The fsspec file system of a distant folder."""
+    def _reached(self) -> tuple[Any, str]:
+        """The fsspec file system of a distant folder, and what it is called there."""
         try:
-            return fsspec.core.url_to_fs(self.place)[0]
+            system, base = fsspec.core.url_to_fs(self.place)
         except Exception as e:  # a protocol that is unknown or whose package is missing
             raise InputError(f"cannot read {self.place}: {_reason(e)}") from None
-
-    @cached_property
-    def _base(self) -> str:
-        return str(self.system._strip_protocol(self.place))
+        return system, str(base)
 
     def fetch(self, name: str, path: Path) -> None:
         """Copies a distant file to this path."""
+        system, base = self._reached
         try:
-            self.system.get_file(f"{self._base.rstrip('/')}/{name}", str(path))
+            system.get_file(f"{base.rstrip('/')}/{name}", str(path))
         except Exception as e:
             raise InputError(f"cannot fetch {self.path(name)}: {_reason(e)}") from None
 

@@ -15,13 +15,19 @@ from wesam.data.coco import is_listing, listed
 from wesam.data.domain import SPLITS, Domain
 from wesam.data.files import Folder
 from wesam.data.listing import Findings, by_name, domain
-from wesam.data.pairs import Pair, digest_of, numbered, read_pairs
-from wesam.data.published import PUBLISHED, Published, every_nth
+from wesam.data.pairs import Decode, Pair, digest_of, numbered, read_pairs
+from wesam.data.published import PUBLISHED, Published, every_nth, voc_objects
 from wesam.errors import InputError
 
 Item = TypeVar("Item")
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+LABEL_IMAGES: tuple[tuple[str, Sequence[str], Decode], ...] = (
+    ("images", ("labels", "masks"), numbered),
+    ("JPEGImages", ("SegmentationObject",), voc_objects),
+)
+"""The folder of images, those that may hold their label images, and what these mean."""
 
 NAMES_OF_SPLITS = {
     "train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing"),
@@ -81,16 +87,29 @@ def read_folder(place: str) -> Domain:
     for layout in PUBLISHED.values():
         if layout.is_in(folder):
             return _uncut(cut, _read_published(folder, layout), place)
-    listings = [n for n in folder.names if re.fullmatch(r"(annotations/)?[^/]+\.json", n) and is_listing(folder, n)]
+    listings = _loose_listings(folder)
     if len(listings) == 1:
         return _one_listing(folder, listings[0], cut)
     if len(listings) > 1:
         raise InputError(f"{place} has several COCO listings: name one of {', '.join(map(folder.path, listings))}")
-    if found := _pairs(folder.names):
-        return _label_images(folder, _own_splits(place, found), cut)
+    for images, labels, decode in LABEL_IMAGES:
+        if found := _pairs(folder.names, images, labels):
+            return _label_images(folder, _own_splits(place, found), cut, decode)
     raise InputError(
         f"{place} is no domain: it has no train.json, val.json and test.json, no COCO listing, no images/ with labels/ "
-        f"or masks/ beside it, and is none of the published data sets ({', '.join(PUBLISHED)})"
+        "or masks/ beside it, no JPEGImages/ with SegmentationObject/, and is none of the published data sets "
+        f"({', '.join(PUBLISHED)})"
+    )
+
+
+def has_layout(place: str) -> bool:
+    """Whether there is something in a folder that :func:`read_folder` would read, be it right or wrong."""
+    folder = Folder(place)
+    return bool(
+        _listings(folder)
+        or any(layout.is_in(folder) for layout in PUBLISHED.values())
+        or _loose_listings(folder)
+        or any(_pairs(folder.names, images, labels) for images, labels, _ in LABEL_IMAGES)
     )
 
 
@@ -112,7 +131,10 @@ def _listings(folder: Folder) -> dict[str, tuple[str, Sequence[str]]]:
 
     One listing alone in ``annotations/`` is no split, whatever it is called: it is cut at random.
     """
-    for form, least in (("{}.json", 1), ("annotations/instances_{}.json", 2), ("annotations/{}.json", 2)):
+    forms = [("{}.json", 1), ("annotations/instances_{}.json", 2), ("annotations/{}.json", 2)]
+    if not PUBLISHED["coco"].is_in(folder):
+        forms.append(("annotations/instances_{}2017.json", 2))
+    for form, least in forms:
         names = {s: form.format(s) for s in SPLITS}
         if sum(name in folder for name in names.values()) >= least:
             return {s: (name, _places(name)) for s, name in names.items()}
@@ -122,6 +144,11 @@ def _listings(folder: Folder) -> dict[str, tuple[str, Sequence[str]]]:
     if not nested:
         return {}
     return {s: (f"{d}/_annotations.coco.json", (f"{d}/",)) for s in SPLITS for d in (nested.get(s, s),)}
+
+
+def _loose_listings(folder: Folder) -> list[str]:
+    """The COCO listings in the folder itself and in ``annotations/``, whatever they are called."""
+    return [n for n in folder.names if re.fullmatch(r"(annotations/)?[^/]+\.json", n) and is_listing(folder, n)]
 
 
 def _places(name: str) -> Sequence[str]:
@@ -159,12 +186,12 @@ def _one_listing(folder: Folder, name: str, cut: Cut | None) -> Domain:
     return domain(folder, cut(by_name(entries)), found, digest.hexdigest(), note)
 
 
-def _label_images(folder: Folder, found: Mapping[str, Sequence[Pair]], cut: Cut | None) -> Domain:
+def _label_images(folder: Folder, found: Mapping[str, Sequence[Pair]], cut: Cut | None, decode: Decode) -> Domain:
     """Images with label images, in folders of their splits or all in one."""
     findings = Findings()
     if cut and len(found) > 1:
         raise InputError(f"{folder.place} has splits of its own: leave the shares away")
-    entries = read_pairs(folder, found, numbered, findings)
+    entries = read_pairs(folder, found, decode, findings)
     note = f"images with label images in {folder.place}"
     if len(found) == 1:
         cut = cut or Cut()
@@ -196,12 +223,12 @@ def _read_published(folder: Folder, layout: Published) -> Domain:
     return replace(domain(folder, entries, findings, digest, note, name=layout.name), published=True)
 
 
-def _pairs(names: Iterable[str]) -> dict[str, list[Pair]]:
+def _pairs(names: Iterable[str], top: str, others: Sequence[str]) -> dict[str, list[Pair]]:
     """The images with label images, by the split that a folder of theirs names, "" for none.
 
-    An image P/images/Q/STEM.png has its labels in P/labels/Q/STEM.png or P/masks/Q/STEM.png, or its masks, one for each
-    instance, in the folder P/masks/Q/STEM, in files P/masks/Q/STEM_*, or, where it is the only one in its folder, in
-    all files of P/masks.
+    top, others: as in LABEL_IMAGES. An image P/images/Q/STEM.png has its labels in P/labels/Q/STEM.png or
+    P/masks/Q/STEM.png, or its masks, one for each instance, in the folder P/masks/Q/STEM, in files P/masks/Q/STEM_*,
+    or, where it is the only one in its folder, in all files of P/masks.
     """
     inside: dict[str, list[PurePosixPath]] = {}
     for name in names:
@@ -211,10 +238,10 @@ def _pairs(names: Iterable[str]) -> dict[str, list[Pair]]:
     found: dict[str, list[Pair]] = {}
     for where, images in inside.items():
         parts = where.split("/")
-        if "images" not in parts:
+        if top not in parts:
             continue
-        at = len(parts) - 1 - parts[::-1].index("images")
-        places = ["/".join([*parts[:at], other, *parts[at + 1 :]]) for other in ("labels", "masks")]
+        at = len(parts) - 1 - parts[::-1].index(top)
+        places = ["/".join([*parts[:at], other, *parts[at + 1 :]]) for other in others]
         split = next((s for s, known in NAMES_OF_SPLITS.items() if set(known) & set(parts)), "")
         for place in places:
             if pairs := _paired(images, place, inside):

@@ -42,7 +42,7 @@ def read_image(file: Path, size: tuple[int, int] | None = None, content: bytes |
 
 def read_labels(file: Path) -> np.ndarray:
     """The values of a label image, int [H, W]: grey values of any depth, indices into a palette, or colours, red first,
-    as one number; raises InputError if it is none, is too large or ends early.
+    as one number, from 2^24 on but for black, which is 0; raises InputError if it is none, is too large or ends early.
     """
     with _opened(file, deep=True) as image:
         try:
@@ -54,7 +54,10 @@ def read_labels(file: Path) -> np.ndarray:
     wide = values.astype(np.int64)
     if wide.ndim == 2:
         return wide
-    return wide[..., 0] if wide.shape[2] < 3 else wide[..., 0] * 65536 + wide[..., 1] * 256 + wide[..., 2]
+    if wide.shape[2] < 3:
+        return wide[..., 0]
+    colours = wide[..., 0] * 65536 + wide[..., 1] * 256 + wide[..., 2]
+    return np.where(colours > 0, colours + 2**24, 0)
 
 
 def _turned(image: Image.Image, file: Path) -> bool:

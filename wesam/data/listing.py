@@ -85,6 +85,7 @@ def domain(
         splits[split] = Split(
             len(part), lambda n, part=part, prefix=prefix: _sample(folder, part[n], f"{prefix}/{part[n].name}"),  # type: ignore[misc]
             small=lambda side, part=part: sum(_vanishing(e, side) for e in part),  # type: ignore[misc]
+            unclicked=sum(any(isinstance(i, Given) and not i.clicks for i in e.instances) for e in part),
         )  # fmt: skip
     made = Domain(name, splits, digest, note, tuple(found.left_out))
     if found.fatal:

@@ -21,7 +21,7 @@ from wesam.data.segmentations import packed_mask
 from wesam.errors import InputError
 from wesam.sam.checkpoints import home
 
-FORMAT = 1
+FORMAT = 2
 """Changes whenever the same files give another index."""
 
 MOST_INSTANCES = 4096

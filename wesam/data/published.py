@@ -43,12 +43,18 @@ class Published:
     """What a label image's values mean."""
     listing: tuple[str, str] = ("", "")
     """A COCO listing, and what goes before the names of its images."""
+    files: tuple[str, int] = ("", 0)
+    """Where its layout is one that others use too: what matches the names of some files, and how many it has of them.
+    """
     called: str = ""
     """A part of its folder's name, in small letters, without which it is not known."""
 
     def is_in(self, folder: Folder) -> bool:
         """Whether this folder is the data set's own."""
-        return self.called in folder.name.lower() and all(any(map(folder.has, m.split("|"))) for m in self.marks)
+        if self.called not in folder.name.lower() or not all(any(map(folder.has, m.split("|"))) for m in self.marks):
+            return False
+        pattern, count = self.files
+        return not count or sum(bool(re.fullmatch(pattern, name)) for name in folder.names) == count
 
     def find(self, root: str) -> Folder:
         """Its folder: this one, or one at most three levels below; raises InputError if there is none."""
@@ -90,8 +96,8 @@ def _voc(folder: Folder) -> Parts:
     return every_nth(_matched(folder, r"JPEGImages/(.+)\.jpg", r"SegmentationObject/\1.png"), 7)
 
 
-def _voc_objects(values: np.ndarray, name: str) -> np.ndarray:
-    """Objects are numbered from 1; 255 is a border that belongs to none."""
+def voc_objects(values: np.ndarray, name: str) -> np.ndarray:
+    """Objects are numbered from 1, or have colours; 255 is a border that belongs to none."""
     return np.where(values == 255, 0, values)
 
 
@@ -156,14 +162,14 @@ PUBLISHED = {
     for p in (
         Published(
             "coco", "COCO 2017 val", "https://cocodataset.org", "annotations CC BY 4.0, images of Flickr's users",
-            "annotations/instances_val2017.json, val2017/*.jpg",
+            "annotations/instances_val2017.json, val2017/*.jpg (5000)",
             ("annotations/instances_val2017.json", "val2017"),
-            listing=("annotations/instances_val2017.json", "val2017/"),
+            listing=("annotations/instances_val2017.json", "val2017/"), files=(r"val2017/[^/]+\.jpg", 5000),
         ),
         Published(
             "voc", "Pascal VOC 2012", "http://host.robots.ox.ac.uk/pascal/VOC/voc2012", "images of Flickr's users",
-            "VOCdevkit/VOC2012/: JPEGImages/*.jpg, SegmentationObject/*.png",
-            ("JPEGImages", "SegmentationObject"), _voc, _voc_objects,
+            "VOCdevkit/VOC2012/: JPEGImages/*.jpg, SegmentationObject/*.png (2913)",
+            ("JPEGImages", "SegmentationObject"), _voc, voc_objects, files=(r"SegmentationObject/[^/]+\.png", 2913),
         ),
         Published(
             "kvasir", "Kvasir-SEG", "https://datasets.simula.no/kvasir-seg", "research and education only",
