@@ -403,6 +403,24 @@ def test_label_images_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert load_domain(str(tmp_path)).digest != before, "a label image was changed"
 
 
+def test_a_label_image_that_could_not_be_fetched_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps(tmp_path)
+    whole, address = Folder.fetch, f"file://{tmp_path}"
+
+    def broken(folder: Folder, name: str, path: Path) -> None:
+        if name.endswith("3.png"):
+            raise InputError(f"cannot fetch {folder.path(name)}: connection reset")
+        whole(folder, name, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "fetch", broken)
+        with pytest.raises(InputError, match="connection reset"):
+            load_domain(address)
+    assert sum(len(load_domain(address).split(s)) for s in SPLITS) == 10
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [

@@ -64,14 +64,16 @@ def read_pairs(
 ) -> dict[str, list[Entry]]:
     """The images with instances, by split; what has none is left out and listed.
 
-    The label images are read the first time; what was found is kept in ``index`` in the folder of the weights.
+    The label images are read the first time; what was found is kept in ``index`` in the folder of the weights, unless
+    one could not be read, which may pass.
     """
     pairs = list(dict.fromkeys(p for part in parts.values() for p in part))
     key = _key(folder, pairs, decode)
     index = _kept(key)
     if index is None:
         index = _read(folder, pairs, decode)
-        _keep(key, index)
+        if not index["fatal"]:
+            _keep(key, index)
     found.fatal += index["fatal"]
     found.left_out += index["left_out"]
     known = {
