@@ -504,6 +504,26 @@ def test_a_domain_may_lie_anywhere_fsspec_reaches(tmp_path: Path, monkeypatch: p
     system.rm("/bucket", recursive=True)
 
 
+def test_a_distant_file_that_has_changed_is_fetched_again_whatever_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WESAM_HOME", str(tmp_path))
+    system = fsspec.filesystem("memory")
+    stamps = set()
+    for content in (b"one", b"two"):
+        system.pipe("/far/a.bin", content)
+        folder = Folder("memory://far")
+        assert folder.names == ["a.bin"]
+        with monkeypatch.context() as patch:
+            patch.setattr(type(system), "info", lambda *given: pytest.fail("the listing has told it already"))
+            stamps.add(folder.stamp("a.bin"))
+        assert folder.local("a.bin").read_bytes() == content
+    assert len(stamps) == 2
+    monkeypatch.setattr(Folder, "fetch", lambda *given: pytest.fail("it is kept already"))
+    assert Folder("memory://far").local("a.bin").read_bytes() == b"two"
+    system.rm("/far", recursive=True)
+
+
 def test_the_cache_of_distant_files_stays_below_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WESAM_HOME", str(tmp_path))
     monkeypatch.setenv("WESAM_CACHE_GB", "0.00001")  # ten files of a thousand bytes
