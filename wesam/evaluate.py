@@ -116,7 +116,8 @@ LOOSER = 1.15
 def less_told(prompts: Prompts) -> tuple[Prompts, ...]:
     """What the label-free score asks a model besides, to see whether it finds what it was not told.
 
-    With boxes those that are longer by :data:`LOOSER`, with clicks either half of them.
+    With boxes those that are longer by :data:`LOOSER`, each in a window of its own, with clicks either half of them, in
+    the window of all.
     """
     return (prompts.longer(LOOSER),) if prompts.boxes is not None else prompts.halves()
 
@@ -263,8 +264,8 @@ def evaluate(
 ) -> Scores:
     """The model's scores on these images with prompts of this kind; crop: as :func:`predict` has it.
 
-    label_free: whether the label-free score is wanted too, which with boxes and clicks takes twice as long; where there
-    are no true masks, it is the only one.
+    label_free: whether the label-free score is wanted too, which with boxes and clicks takes twice as long, with boxes
+    in windows three times; where there are no true masks, it is the only one.
     """
     return Scores.of(measure(model, split, prompt, crop=crop, label_free=label_free, progress=progress))
 
@@ -310,7 +311,8 @@ def _label_free(model: Sam | HasSam, image: Tensor, given: Prompts, crop: float)
         return masks, label_free(masks, given)
     size = (int(image.shape[1]), int(image.shape[2]))
     asked = [given, *less_told(given)]
-    where = windows(given, size, crop).repeat(len(asked), 1) if crop else None
+    around = asked if given.boxes is not None else [given] * len(asked)  # halves of clicks span less than all
+    where = torch.cat([windows(p, size, crop) for p in around]) if crop else None
     masks, *less = _predict(model, image, Prompts.concatenate(asked), where)[0].chunk(len(asked))
     mirrored, _ = predict(model, flip(image, True, False), given.flipped(True, False, size), crop=crop)
     return masks, label_free(masks, given, flip(mirrored, True, False), less)
