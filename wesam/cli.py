@@ -22,6 +22,7 @@ from wesam.console import guarded, line, progress, table, write_json
 from wesam.data import NOTES, PUBLISHED, SPLITS, Domain, Split, load_domain, located
 from wesam.data.domain import Unusable
 from wesam.data.images import read_image
+from wesam.drawings import check_drawable
 from wesam.errors import InputError
 from wesam.evaluate import baseline, crop_of, evaluate, predict
 from wesam.export import export_peft
@@ -153,8 +154,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     if not args.label_free:
         _ = split[0].masks  # without them there is no mIoU
     if args.baseline:
-        if len(args.prompt) > 1:
-            raise InputError("--baseline draws in the given box: leave the other kinds of --prompt away")
+        for kind in args.prompt:
+            check_drawable(args.baseline, kind)
         if args.label_free:
             raise InputError("--label-free scores answers to prompts, and --baseline gives none")
         model, name, crop = None, f"{args.baseline} (no model)", 0.0
@@ -167,7 +168,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         if model:
             scores = evaluate(model, split, kind, crop=crop, label_free=args.label_free, progress=watch)
         else:
-            scores = baseline(args.baseline, split)
+            scores = baseline(args.baseline, split, kind)
         rows.append({
             "domain": domain.name, "model": name, "adapter": args.adapter,
             "prompt": kind, "split": args.split, "images": scores.images, "instances": scores.instances,

@@ -15,7 +15,7 @@ from torch import Tensor
 from wesam.config import Objective, PromptKind
 from wesam.crops import cut, windows
 from wesam.data.domain import Sample
-from wesam.drawings import Drawing, draw
+from wesam.drawings import Drawing, check_drawable, draw
 from wesam.errors import InputError
 from wesam.prompts import Prompts, tight_boxes
 from wesam.sam.promptable import CHUNK, decode, encode, resize, upscale
@@ -319,7 +319,8 @@ def _label_free(model: Sam | HasSam, image: Tensor, given: Prompts, crop: float)
 
 
 def baseline(kind: Drawing, split: Sequence[Sample], prompt: PromptKind = "box") -> Scores:
-    """What needs no model, drawn from weak labels of a kind that it can be drawn from."""
+    """What needs no model, drawn from weak labels of this kind; raises InputError if it cannot be drawn from them."""
+    check_drawable(kind, prompt)
     out = []
     for i in range(len(split)):
         masks = split[i].masks

@@ -13,6 +13,7 @@ import torch
 from wesam.config import PRESETS, Config, Objective, PromptKind
 from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, json_file
 from wesam.data import SPLITS, Domain, load_domain, located
+from wesam.drawings import Drawing
 from wesam.errors import InputError
 from wesam.methods import METHODS
 from wesam.sam import model_names
@@ -115,8 +116,10 @@ def make_parser(run: Mapping[str, Command]) -> Parser:
     adapter(p)
     crop(p, "default: as it was adapted")
     p.add_argument(
-        "--baseline", choices=("box", "ellipse"), help="score this drawing of the given box instead of a model"
-    )
+        "--baseline", choices=get_args(Drawing),
+        help="score what is drawn from the given labels instead of a model: the box filled, its ellipse, what is"
+        " nearer to a click on the object than to one beside it, the polygon filled",
+    )  # fmt: skip
     p.add_argument(
         "--instances", type=int, default=0, metavar="N",
         help="score at most N instances of each image (default: all)",

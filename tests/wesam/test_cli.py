@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wesam import AdaptedSam, load_sam
+from wesam import AdaptedSam, baseline, load_domain, load_sam
 from wesam.cli import main
 from wesam.config import LoraConfig
 from wesam.console import program
@@ -233,6 +233,16 @@ def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
     assert 0.85 < json.loads((tmp_path / "r.json").read_text())["miou"] < 0.95  # a disc and a square
 
 
+def test_baselines_are_drawn_from_the_given_labels(small: Path, tmp_path: Path) -> None:
+    command = ["evaluate", "--domain", str(small), "--json", str(tmp_path / "r.json")]
+    assert main([*command, "--baseline", "ellipse", "--prompt", "box,coarse-box"]) == 0
+    rows = json.loads((tmp_path / "r.json").read_text())
+    test = load_domain(str(small)).split("test")
+    expected = {k: baseline("ellipse", test, k).miou for k in ("box", "coarse-box")}  # type: ignore[arg-type]
+    assert {r["prompt"]: r["miou"] for r in rows} == expected
+    assert expected["box"] != expected["coarse-box"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -242,7 +252,8 @@ def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
         ("evaluate --domain clean --adapter no/where", "no adapter in no/where"),
         ("evaluate --domain clean --prompt boxes", "did you mean 'box'"),
         ("evaluate --domain clean --prompt box,pint", "did you mean 'point'"),
-        ("evaluate --domain clean --prompt box,point --baseline box", "leave the other kinds"),
+        ("evaluate --domain clean --prompt box,point --baseline box", "box cannot be drawn from point"),
+        ("evaluate --domain clean --baseline voronoi", "voronoi cannot be drawn from box: box and ellipse are drawn"),
         ("export --adapter no/where --merge {tmp}/w.pth", "no adapter in no/where"),
         ("export --adapter no/where", "give --merge FILE, --peft DIR, or both"),
         ("export --adapter no/where --base --merge {tmp}/w.pth", "--base goes with --peft"),
