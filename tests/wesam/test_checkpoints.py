@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import pickle
+import random
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -189,6 +191,34 @@ def test_damaged_files_are_named(tmp_path: Path, name: str) -> None:
         path.write_bytes(path.read_bytes()[:200_000])
         with pytest.raises(InputError, match="damaged"):
             load_sam(str(path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"\x80\x02", b"i\n.", b"g0\n.", b"(lp0\n0.", b"\x80\x02h\x05.", b"\x80\x02J\x01.", b"\x80\x02]K\x01s.",
+        b"\x80\x02K\x01b.",
+    ],
+)  # fmt: skip
+def test_a_file_of_any_bytes_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (path := tmp_path / "junk.pth").write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(str(path))) as told:
+        checkpoints.read_weights(path)
+    assert len(str(told.value).splitlines()) == 1
+
+
+def test_random_damages_of_a_checkpoint_are_refused_in_one_line_or_read(tmp_path: Path) -> None:
+    path, rng = tmp_path / "junk.pth", random.Random(0)
+    torch.save({"a": torch.zeros(3), "b": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for _ in range(300):
+        damaged = bytearray(whole[: rng.randrange(len(whole)) if rng.random() < 0.3 else None])
+        for _ in range(rng.randrange(4)):
+            if damaged:
+                damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(InputError):
+            checkpoints.read_weights(path)
 
 
 def test_names_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

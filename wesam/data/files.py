@@ -12,7 +12,7 @@ from typing import Any
 
 import fsspec
 
-from wesam.errors import InputError
+from wesam.errors import InputError, reason
 from wesam.sam.checkpoints import home
 
 MOST_FILES = 2_000_000
@@ -103,7 +103,7 @@ class Folder:
         try:
             found = system.find(base, detail=True)
         except Exception as e:  # each kind of storage has errors of its own
-            raise InputError(f"cannot read {self.place}: {_reason(e)}") from None
+            raise InputError(f"cannot read {self.place}: {reason(e)}") from None
         start = len(self._base.rstrip("/")) + 1
         files = {
             str(k)[start:]: (int(v.get("size") or 0), " ".join(str(v[t]) for t in ("size", *VERSIONS) if t in v))
@@ -135,7 +135,7 @@ class Folder:
         try:
             return fsspec.core.url_to_fs(self.place)[0]
         except Exception as e:  # a protocol that is unknown or whose package is missing
-            raise InputError(f"cannot read {self.place}: {_reason(e)}") from None
+            raise InputError(f"cannot read {self.place}: {reason(e)}") from None
 
     @cached_property
     def _base(self) -> str:
@@ -146,7 +146,7 @@ class Folder:
         try:
             self.system.get_file(f"{self._base.rstrip('/')}/{name}", str(path))
         except Exception as e:
-            raise InputError(f"cannot fetch {self.path(name)}: {_reason(e)}") from None
+            raise InputError(f"cannot fetch {self.path(name)}: {reason(e)}") from None
 
 
 def is_address(place: str) -> bool:
@@ -227,7 +227,3 @@ def _limit() -> float:
     if not limit > 0:
         raise InputError(f"WESAM_CACHE_GB must be a number above 0, got {given!r}")
     return limit * 1e9
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

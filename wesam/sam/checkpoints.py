@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from wesam.errors import InputError
+from wesam.errors import InputError, reason
 
 BLOCK = 2**20
 ATTEMPTS = 5
@@ -66,8 +66,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(
             f"{path} is no checkpoint of plain tensors: it is damaged, or carries code; not read"
         ) from None
-    except (RuntimeError, EOFError) as e:
-        raise InputError(f"{path} is damaged: {str(e).splitlines()[0]}") from None
+    except Exception as e:  # whatever torch's unpickler makes of the bytes
+        raise InputError(f"{path} is damaged: {reason(e)}") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path} holds something else than tensors by name")
     return {str(k).removeprefix("module."): v.float() for k, v in state.items()}
@@ -117,7 +117,7 @@ def read_tensors(
                 )
             return {name: file.get_tensor(name) for name in given}, dict(file.metadata() or {})
     except (OSError, SafetensorError, RuntimeError) as e:
-        raise InputError(f"{path.name} is no safetensors file, or damaged: {str(e).splitlines()[0]}") from None
+        raise InputError(f"{path.name} is no safetensors file, or damaged: {reason(e)}") from None
 
 
 def said_of(path: Path) -> dict[str, str]:
