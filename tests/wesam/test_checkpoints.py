@@ -152,6 +152,20 @@ def test_without_the_server_one_line_says_what_to_do(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("home", ["file", "file/below", "link"])
+def test_a_folder_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("/proc/nowhere")
+    monkeypatch.setenv("WESAM_HOME", str(tmp_path / home))
+    assert main(["fetch", "vit_b"]) == 2
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert len(printed) == 1
+    assert f"cannot write {tmp_path / home}" in printed[0]
+    assert "$WESAM_HOME" in printed[0]
+
+
 def test_two_processes_do_not_fetch_one_file_at_once(server: Server, tmp_path: Path) -> None:
     import fcntl
 

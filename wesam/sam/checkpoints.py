@@ -135,12 +135,16 @@ def said_of(path: Path) -> dict[str, str]:
 def fetch(url: str, path: Path, digest: str) -> None:
     """Downloads to ``path``, with progress on stderr, going on from what an earlier try left in ``path``.part.
 
-    The file is moved into place only when its SHA-256 is ``digest``; raises InputError if it is not, or if the server
-    cannot be reached.
+    The file is moved into place only when its SHA-256 is ``digest``; raises InputError if it is not, if the server
+    cannot be reached, or if the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with part.open("ab") as f:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = part.open("ab")
+    except OSError as e:
+        raise InputError(f"cannot write {part}: {e.strerror}; $WESAM_HOME says where weights are kept") from None
+    with opened as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -152,10 +156,10 @@ def fetch(url: str, path: Path, digest: str) -> None:
             except urllib.error.HTTPError as e:
                 raise InputError(f"{url} answers {e.code} {e.reason}; {_elsewhere(path)}") from None
             except (OSError, HTTPException) as e:
-                reason = getattr(e, "reason", e)
+                why = getattr(e, "reason", e)
                 if f.tell() == 0 or attempt == ATTEMPTS:
                     kept = f"; {f.tell() / 1e6:.0f} MB are kept, the same command goes on" if f.tell() else ""
-                    raise InputError(f"cannot fetch {url}: {reason}{kept}; {_elsewhere(path)}") from None
+                    raise InputError(f"cannot fetch {url}: {why}{kept}; {_elsewhere(path)}") from None
             finally:
                 if f.tell() == 0:
                     part.unlink()
