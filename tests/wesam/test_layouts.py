@@ -464,12 +464,14 @@ def test_weak_labels_given_as_such(tmp_path: Path) -> None:
             {"id": 8, "image_id": 1, "bbox": [4, 5, 6, 20], "keypoints": [5, 6, 3]},
             {"id": 9, "image_id": 1, "bbox": [4, 5, 6, 20], "keypoints": [5, 6]},
             {"id": 10, "image_id": 1, "bbox": [4, 5, 6, 20]},
-            {"id": 11, "image_id": 2, "bbox": [1, 1, 6, 20], "keypoints": [5, 6, 2]},
+            {"id": 11, "image_id": 1, "bbox": [4, 5, 10**400, 20], "keypoints": [5, 6, 2]},
+            {"id": 12, "image_id": 1, "bbox": [4, 5, 6, 20], "keypoints": [-(10**400), 6, 2]},
+            {"id": 13, "image_id": 2, "bbox": [1, 1, 6, 20], "keypoints": [5, 6, 2]},
         ]
         (tmp_path / f"{split}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     domain = load_domain(str(tmp_path))
     assert [len(domain.split(s)) for s in SPLITS] == [2, 2, 2]
-    assert [re.search(r"annotation (\d+)", line)[1] for line in domain.left_out[:9]] == [*map(str, range(2, 11))]  # type: ignore[index]
+    assert [re.search(r"annotation (\d+)", line)[1] for line in domain.left_out[:11]] == [*map(str, range(2, 13))]  # type: ignore[index]
     sample = domain.split("train")[0]
     assert len(sample) == 2
     assert sample.weak_labels("box").boxes.tolist() == [[4, 5, 10, 25], [0, 0, 16, 15]]  # type: ignore[union-attr]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from wesam.data.files import Folder, leads_out
 from wesam.data.images import MOST_PIXELS
 from wesam.data.listing import Click, Entry, Findings, Given, Size
-from wesam.data.segmentations import packed
+from wesam.data.segmentations import LARGEST, packed
 from wesam.errors import InputError
 
 Json = dict[str, Any]
@@ -196,4 +195,4 @@ def _clicks(given: Any, size: Size) -> tuple[Click, ...]:
 
 
 def _numbers(given: Any) -> bool:
-    return isinstance(given, list) and all(type(v) in (int, float) and math.isfinite(v) for v in given)
+    return isinstance(given, list) and all(type(v) in (int, float) and abs(v) <= LARGEST for v in given)
