@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
@@ -35,8 +36,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def guarded(run: Callable[[], int | None]) -> int:
-    """Runs a command and returns its exit code: 2 for bad input, a line on stderr for each fault, 130 for Ctrl-C."""
+    """Runs a command and returns its exit code: 2 for bad input, a line on stderr for each fault, 130 for Ctrl-C.
+
+    What stdout cannot encode, as in the name of a file that is not UTF-8, is escaped there, as it is on stderr.
+    """
     code = 0
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = run() or 0
         sys.stdout.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from wesam.cli import main
 from wesam.data import SPLITS, Domain, load_domain, located
 from wesam.data.files import Folder
 from wesam.data.folders import Cut, parse_cut
@@ -444,6 +446,30 @@ def test_labels_of_another_size_or_without_instances_are_left_out(tmp_path: Path
     domain = load_domain(str(tmp_path))
     assert sum(len(domain.split(s)) for s in SPLITS) == 8
     assert [re.search(r"(\d)\.jpg", line)[1] for line in domain.left_out] == ["3", "4"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_names_that_are_not_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[str], listed: bool) -> None:
+    odd = os.fsdecode(b"zelle\xf6")
+    if listed:
+        single(tmp_path / odd)
+        (file := tmp_path / odd / "images/3.png").rename(file.with_stem(odd))
+        (listing,) = (tmp_path / odd).rglob("*.json")
+        listing.write_text(listing.read_text().replace('"3.png"', json.dumps(f"{odd}.png")))
+    else:
+        maps(tmp_path / odd)
+        for file in sorted((tmp_path / odd).rglob("3.*")):
+            file.rename(file.with_stem(odd))
+        labels(tmp_path / odd / "labels/a/4.png")
+    for place in (f"{tmp_path}/{odd}", f"{tmp_path}/{odd}+all"):
+        domain = load_domain(place)
+        samples = [s for split in SPLITS for s in domain.split(split)]
+        (key,) = [s.key for s in samples if "zelle" in s.key.rpartition("/")[2]]
+        assert key.endswith("/zelle\\xf6" + Path(key).suffix)
+        for sample in samples:
+            sample.weak_labels("point")
+    assert main(["check", f"{tmp_path}/{odd}"]) == 0
+    assert "zelle\\udcf6 is usable" in capsys.readouterr().out
 
 
 def test_weak_labels_given_as_such(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def listed(
     missing = []
     for entry in entries:
         if entry.name in folder:
-            digest.update(f"{entry.name} {folder.size(entry.name)}\n".encode())
+            digest.update(f"{entry.name} {folder.size(entry.name)}\n".encode(errors="surrogateescape"))
         elif entry.instances or not all_images:
             missing.append(entry.name)
     if missing:

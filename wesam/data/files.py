@@ -174,7 +174,8 @@ class _Cache:
         self._since = 0
 
     def get(self, folder: Folder, name: str) -> Path:
-        key = hashlib.sha256(f"{folder.path(name)} {folder.stamp(name)}".encode()).hexdigest()
+        said = f"{folder.path(name)} {folder.stamp(name)}"
+        key = hashlib.sha256(said.encode(errors="surrogateescape")).hexdigest()
         path = home() / "cache" / key[:2] / (key + PurePosixPath(name).suffix)
         if path.is_file():
             os.utime(path)

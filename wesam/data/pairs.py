@@ -89,7 +89,7 @@ def digest_of(folder: Folder, entries: Mapping[str, Iterable[Entry]]) -> str:
     for split, part in entries.items():
         for e in part:
             size = folder.size(e.name) if e.name in folder else 0
-            digest.update(f"{split} {e.name} {size} {list(e.instances)}\n".encode())
+            digest.update(f"{split} {e.name} {size} {list(e.instances)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -142,11 +142,12 @@ def _by_box(shown: np.ndarray, pair: Pair) -> np.ndarray:
 
 
 def _key(folder: Folder, pairs: Sequence[Pair], decode: Decode) -> str:
-    digest = hashlib.sha256(f"{FORMAT} {folder.place} {decode.__module__}.{decode.__qualname__}".encode())
+    begin = f"{FORMAT} {folder.place} {decode.__module__}.{decode.__qualname__}"
+    digest = hashlib.sha256(begin.encode(errors="surrogateescape"))
     for pair in pairs:
         files = (pair.image, *([pair.labels] if pair.labels else []), *pair.masks)
         stamps = "\n".join(f"{f} {folder.stamp(f)}" for f in files)
-        digest.update(f"{stamps} {pair.boxes}\n".encode())
+        digest.update(f"{stamps} {pair.boxes}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
