@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from tuning.plan import make_plan
@@ -101,6 +103,27 @@ def test_a_folder_can_be_corrupted_and_searched(coco_folder: Path, tmp_path: Pat
     plus = coco_folder.rename(coco_folder.parent / "a+b")
     assert parted(str(plus)) == (str(plus), "")
     assert load_domain(f"{plus}+snow:1").name == "a+b+snow1"
+
+
+@pytest.mark.parametrize(("height", "fits"), [(7, False), (8, True)])
+def test_an_image_that_is_too_small_for_glass_is_refused(tmp_path: Path, height: int, fits: bool) -> None:
+    mask = [[0, 0, 3, 0, 3, 3, 0, 3]]
+    for split in ("train", "val", "test"):
+        Image.new("RGB", (30, height)).save(tmp_path / f"{split}.png")
+        images = [{"id": 0, "file_name": f"{split}.png", "height": height, "width": 30}]
+        listing = {"images": images, "annotations": [{"id": 0, "image_id": 0, "segmentation": mask}]}
+        (tmp_path / f"{split}.json").write_text(json.dumps(listing))
+    for name in CORRUPTIONS:
+        for severity in (1, 5):
+            test = load_domain(f"{tmp_path}+{name}:{severity}").split("test")
+            if fits or name != "glass_blur":
+                assert test[0].image.shape == (3, height, 30)
+            else:
+                with pytest.raises(InputError, match=rf"test\.png is too small for glass_blur:{severity}: 30 x 7"):
+                    test[0]
+    if not fits:
+        with pytest.raises(InputError, match=r"too small for all: 30 x 7 pixels, at least 8 are needed"):
+            load_domain(f"{tmp_path}+all").split("test")[0]
 
 
 @pytest.mark.parametrize(

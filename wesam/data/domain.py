@@ -158,6 +158,24 @@ class Domain:
         whole = self.split(name)
         return Split(len(whole), lambda i: whole[i].only(most)) if most else whole
 
+    def at_least(self, side: int, purpose: str) -> Domain:
+        """The same domain; reading an image that has less pixels than this in width or height raises InputError, which
+        says that it is too small for this purpose.
+        """
+
+        def checked(split: Split) -> Split:
+            def read(index: int) -> Sample:
+                sample = split.read(index)
+                h, w = sample.image.shape[1:]
+                if min(h, w) < side:
+                    raise InputError(f"{sample.key} is too small for {purpose}: {w} x {h} pixels, at least {side} are "
+                                     "needed")  # fmt: skip
+                return sample
+
+            return Split(len(split), read, split.small)
+
+        return replace(self, splits={name: checked(split) for name, split in self.splits.items()})
+
     def shared(self, one: str, other: str) -> list[tuple[str, str]]:
         """The keys of the images that two splits have in common, pixel by pixel; reads all of both."""
         mine = {_pixels(s): s.key for s in self.split(one)}
