@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -67,6 +68,14 @@ def json_file(text: str) -> Path:
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder, or in one that is not there")
     return path
+
+
+def spare_files(out: Path, *read: Path) -> None:
+    """Raises InputError if a file to be written is one of those that are read."""
+    for file in read:
+        with suppress(OSError):  # one of them is not there
+            if out.samefile(file):
+                raise InputError(f"{out} is read, and would be overwritten: give another file")
 
 
 def write_json(path: Path | None, result: Any) -> None:
