@@ -14,6 +14,7 @@ from tuning import DEFAULT_URI, URI_VARIABLE, table_cli
 from tuning.plan import BUDGET, COLUMNS, DEMO, KEYS, Lines, check, in_file, make_plan, read_study, shown
 from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, guarded, json_file, program, table, write_json
 from wesam.errors import InputError, at
+from wesam.options import spare_domain
 from wesam.sam import model_names
 
 
@@ -142,6 +143,8 @@ def _run(args: argparse.Namespace) -> None:
     with in_file(args.study, lines):
         check(settings | given)
         plan = make_plan(settings | given, args.set)
+    for domain in plan.domains if args.json else ():
+        spare_domain(args.json, domain)
     chosen = args.name or (args.study and "name" in settings)
     begin_with = (settings | given).get("from")
 

@@ -19,6 +19,7 @@ from tuning.trainer import source_model
 from wesam import AdaptedSam, Scores, baseline, evaluate, load_domain, overlay, predict
 from wesam.config import Config, PromptKind
 from wesam.data.domain import Split
+from wesam.drawings import drawable
 from wesam.evaluate import measure
 from wesam.overlay import sheet
 
@@ -26,7 +27,8 @@ Files = dict[str, bytes]
 """An adapter as it travels between machines: file name -> contents."""
 
 DRAWN: dict[str, Literal["box", "ellipse"]] = {"box_filled": "box", "ellipse": "ellipse"}
-"""What is drawn in the given box, as a row of the result and as :func:`wesam.baseline` calls it."""
+"""What is drawn in the given box, as a row of the result and as :func:`wesam.baseline` calls it; in the tight one where
+clicks or coarse masks are given."""
 
 SHOWN = 2
 """Test images in a domain's picture on which the adapter gains most, and as many on which it gains least."""
@@ -99,11 +101,11 @@ def _begin(function: Callable[..., Any], task: Task, *arguments: Any) -> Any:
 def _references(task: Task, split: Literal["val", "test"]) -> tuple[dict[str, Scores], int]:
     sam, domain = source_model(task.model), load_domain(task.domain)
     images = _scored(task, split)
+    prompt, crop = task.base.scored_with, task.base.crop
     found = {}
     if images[0].has_masks:
         for name, kind in DRAWN.items():
-            found[f"{name}_{split}"] = baseline(kind, images)
-    prompt, crop = task.base.scored_with, task.base.crop
+            found[f"{name}_{split}"] = baseline(kind, images, prompt if drawable(kind, prompt) else "box")
     found[f"direct_{split}"] = evaluate(sam, images, prompt, crop=crop, label_free=split == "val")
     if split == "val" and (others := ways(task.base)):
         few = [images[i].only(TRIED_INSTANCES) for i in range(0, len(images), -(-len(images) // TRIED_IMAGES))]

@@ -19,16 +19,17 @@ from segment_anything.modeling import Sam
 from wesam import training
 from wesam.adapters import WEIGHTS_FILE, AdaptedSam, made_for
 from wesam.anchor import Anchor
-from wesam.console import guarded, line, progress, table, write_json
+from wesam.console import guarded, line, progress, spare_files, table, write_json
 from wesam.data import NOTES, PUBLISHED, SPLITS, Domain, Split, load_domain, located
 from wesam.data.domain import Unusable, pixels_digest
 from wesam.data.images import read_image
+from wesam.drawings import check_drawable
 from wesam.errors import InputError
 from wesam.evaluate import baseline, crop_of, evaluate, predict
 from wesam.export import export_peft
 from wesam.found import adapter_folder
 from wesam.methods import method_preset
-from wesam.options import Command, given_domain, make_parser
+from wesam.options import Command, given_domain, make_parser, spare
 from wesam.overlay import contact_sheet, overlay
 from wesam.prompts import Prompts
 from wesam.sam import REGISTRY, describe, fetch_model, find_model, load_sam, write_weights
@@ -36,11 +37,20 @@ from wesam.sam import REGISTRY, describe, fetch_model, find_model, load_sam, wri
 SMALL = 0.1
 """Of the image's longer side: instances below it are a few pixels long to a model, as nuclei in microscopy are."""
 
+LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
+"""Formats, as Pillow calls them, that do not keep every pixel as it is."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
     args = make_parser(COMMANDS).parse_args(arguments)
-    return guarded(lambda: args.run(args))
+
+    def run() -> int | None:
+        spare(args)
+        code: int | None = args.run(args)
+        return code
+
+    return guarded(run)
 
 
 def _models(args: argparse.Namespace) -> None:
@@ -173,8 +183,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     if not args.label_free:
         _ = split[0].masks  # without them there is no mIoU
     if args.baseline:
-        if len(args.prompt) > 1:
-            raise InputError("--baseline draws in the given box: leave the other kinds of --prompt away")
+        for kind in args.prompt:
+            check_drawable(args.baseline, kind)
         if args.label_free:
             raise InputError("--label-free scores answers to prompts, and --baseline gives none")
         model, name, crop = None, f"{args.baseline} (no model)", 0.0
@@ -187,7 +197,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         if model:
             scores = evaluate(model, split, kind, crop=crop, label_free=args.label_free, progress=watch)
         else:
-            scores = baseline(args.baseline, split)
+            scores = baseline(args.baseline, split, kind)
         rows.append({
             "domain": domain.name, "model": name, "adapter": args.adapter,
             "prompt": kind, "split": args.split, "images": scores.images, "instances": scores.instances,
@@ -198,9 +208,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    for out in (args.out, args.overlay):
-        if out:
-            _spared(out, args.image)
+    if Image.registered_extensions().get(args.out.suffix.lower()) in LOSSY:
+        raise InputError(f"{args.out}: a mask has 255 and 0 alone, which {args.out.suffix} blurs: give a .png")
     model, _ = _model(args)
     image = torch.from_numpy(read_image(args.image).copy()).permute(2, 0, 1)
     prompts = _points(args.point) if args.point else _box(args.box or args.tight_box, tight=bool(args.tight_box))
@@ -222,7 +231,7 @@ def _export(args: argparse.Namespace) -> None:
     folder = adapter_folder(args.adapter)
     name = args.model or made_for(folder)
     if args.merge:
-        _spared(args.merge, find_model(name), folder / WEIGHTS_FILE)
+        spare_files(args.merge, find_model(name), folder / WEIGHTS_FILE)
     sam = load_sam(name)
     model = AdaptedSam.load(sam, folder)
     if args.merge:
@@ -268,13 +277,6 @@ def _numbers(text: str, what: str, counts: tuple[int, ...]) -> list[float]:
     if len(values) not in counts or not all(map(math.isfinite, values)):
         raise InputError(f"expected {what}, got {text!r}")
     return values
-
-
-def _spared(out: Path, *read: Path) -> None:
-    """Raises InputError if a file to be written is one of those that are read."""
-    with suppress(OSError):  # one of them is not there
-        if any(out.samefile(file) for file in read):
-            raise InputError(f"{out} is read, and would be overwritten: give another file")
 
 
 def _save(picture: Image.Image, path: Path) -> None:

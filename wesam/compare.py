@@ -15,6 +15,7 @@ from wesam.adapt import Best, Report, adapt, checked, keep_best
 from wesam.adapters import AdaptedSam
 from wesam.config import Config, PromptKind
 from wesam.data.domain import Domain
+from wesam.drawings import COLUMNS, drawable
 from wesam.evaluate import Scores, baseline, evaluate
 
 
@@ -94,7 +95,8 @@ def compare(
     *,
     watch: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Test mIoU of the trivial drawings, of the unadapted model and of each method's best checkpoint on val.
+    """Test mIoU of what can be drawn from the given labels, of the unadapted model and of each method's best checkpoint
+    on val.
 
     configs: by the name of the method; all with one kind of prompt and one crop. Returns, per method, mean and
     standard deviation over the seeds and the list of all; and, where wesam and supervised are among them, the share of
@@ -106,8 +108,7 @@ def compare(
     for config in configs.values():
         checked(domain, config)
     row: dict[str, Any] = {
-        "box_filled": baseline("box", test).objective,
-        "ellipse": baseline("ellipse", test).objective,
+        name: baseline(kind, test, prompt).objective for name, kind in COLUMNS.items() if drawable(kind, prompt)
     }
     row["direct"] = direct = evaluate(sam, test, prompt, crop=crop).objective
     watch("  ".join(f"{k} {v:.3f}" for k, v in row.items()))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,8 +37,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def guarded(run: Callable[[], int | None]) -> int:
-    """Runs a command and returns its exit code: 2 for bad input, a line on stderr for each fault, 130 for Ctrl-C."""
+    """Runs a command and returns its exit code: 2 for bad input, a line on stderr for each fault, 130 for Ctrl-C.
+
+    What stdout cannot encode, as in the name of a file that is not UTF-8, is escaped there, as it is on stderr.
+    """
     code = 0
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = run() or 0
         sys.stdout.flush()
@@ -60,6 +68,14 @@ def json_file(text: str) -> Path:
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is a folder, or in one that is not there")
     return path
+
+
+def spare_files(out: Path, *read: Path) -> None:
+    """Raises InputError if a file to be written is one of those that are read."""
+    for file in read:
+        with suppress(OSError):  # one of them is not there
+            if out.samefile(file):
+                raise InputError(f"{out} is read, and would be overwritten: give another file")
 
 
 def write_json(path: Path | None, result: Any) -> None:

@@ -18,7 +18,8 @@ def windows(prompts: Prompts, size: tuple[int, int], crop: float) -> Tensor:
     """A square window for each prompt, int [N, 4], (x0, y0, x1, y1) in pixels.
 
     size: the image's (height, width). crop: the window's side, in longer sides of what the prompt spans. A window
-    at the edge is moved into the image; one that is longer than the image ends with it, and so is no square. A prompt
+    at the edge is moved into the image; one that is longer than the image ends with it, and so is no square. It holds
+    all that the prompt spans of the image: one that would end within its last pixel is a pixel longer. A prompt
     that spans nothing, such as a single click, says nothing about the object's size: its window is the whole image.
     """
     spans = prompts.extents()
@@ -28,6 +29,7 @@ def windows(prompts: Prompts, size: tuple[int, int], crop: float) -> Tensor:
     side = torch.where(length > 0, (crop * length).clamp(min=SMALLEST).ceil(), float(max(size)))
     low, high = low.nan_to_num(0, 0, 0), high.nan_to_num(0, 0, 0)  # no click on the object at all
     begin = ((low + high - side) / 2).floor()
+    side += (begin.clamp(min=0) + side < torch.minimum(high, limit)).any(1, keepdim=True)  # the floor has cut its end
     begin = torch.minimum(begin, limit - side).clamp(min=0)
     end = torch.minimum(begin + side, limit)
     return torch.cat([begin, end], 1).int()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wesam.config import BOXES, PromptKind
+from wesam.errors import InputError
 from wesam.prompts import NO_CLICK, Prompts
 
 Drawing = Literal["box", "ellipse", "voronoi", "polygon"]
@@ -17,11 +18,26 @@ Drawing = Literal["box", "ellipse", "voronoi", "polygon"]
 the given polygon filled."""
 
 
+COLUMNS: dict[str, Drawing] = {
+    "box_filled": "box", "ellipse": "ellipse", "nearest_click": "voronoi", "polygon_filled": "polygon",
+}  # fmt: skip
+"""What a drawing's score is called beside others."""
+
+
 def drawable(kind: Drawing, prompt: PromptKind) -> bool:
     """Whether labels of this kind are what the drawing is made from."""
     if kind == "voronoi":
         return prompt.startswith("point")
     return prompt == "coarse" if kind == "polygon" else prompt in BOXES
+
+
+def check_drawable(kind: Drawing, prompt: PromptKind) -> None:
+    """Raises InputError, with what can be drawn from what, unless labels of this kind are what it is made from."""
+    if not drawable(kind, prompt):
+        raise InputError(
+            f"{kind} cannot be drawn from {prompt}: box and ellipse are drawn from {', '.join(BOXES)}, voronoi from "
+            "point, polygon from coarse"
+        )
 
 
 def draw(kind: Drawing, given: Prompts, size: tuple[int, int]) -> Tensor:

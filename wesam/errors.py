@@ -28,6 +28,11 @@ def at(*keys: str) -> Iterator[None]:
         raise
 
 
+def reason(error: Exception) -> str:
+    """The first line of what an error says, or what it is called."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def one_of(kind: str, given: str, known: Iterable[str]) -> Any:
     """The given name if it is known; raises InputError with the nearest right one if it is not."""
     if given not in (names := tuple(known)):

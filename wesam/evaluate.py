@@ -15,7 +15,7 @@ from torch import Tensor
 from wesam.config import Objective, PromptKind
 from wesam.crops import cut, windows
 from wesam.data.domain import Sample
-from wesam.drawings import Drawing, draw
+from wesam.drawings import Drawing, check_drawable, draw
 from wesam.errors import InputError
 from wesam.prompts import Prompts, tight_boxes
 from wesam.sam.promptable import CHUNK, decode, encode, resize, upscale
@@ -310,14 +310,16 @@ def _label_free(model: Sam | HasSam, image: Tensor, given: Prompts, crop: float)
         return masks, label_free(masks, given)
     size = (int(image.shape[1]), int(image.shape[2]))
     asked = [given, *less_told(given)]
-    where = windows(given, size, crop).repeat(len(asked), 1) if crop else None
+    own = given.boxes is not None and crop < 2 * LOOSER - 1  # the given box's window has no room for the looser one
+    where = torch.cat([windows(p if own else given, size, crop) for p in asked]) if crop else None
     masks, *less = _predict(model, image, Prompts.concatenate(asked), where)[0].chunk(len(asked))
     mirrored, _ = predict(model, flip(image, True, False), given.flipped(True, False, size), crop=crop)
     return masks, label_free(masks, given, flip(mirrored, True, False), less)
 
 
 def baseline(kind: Drawing, split: Sequence[Sample], prompt: PromptKind = "box") -> Scores:
-    """What needs no model, drawn from weak labels of a kind that it can be drawn from."""
+    """What needs no model, drawn from weak labels of this kind; raises InputError if it cannot be drawn from them."""
+    check_drawable(kind, prompt)
     out = []
     for i in range(len(split)):
         masks = split[i].masks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,9 +11,13 @@ from typing import Any, get_args
 
 import torch
 
+from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE
 from wesam.config import PRESETS, Config, Objective, PromptKind
-from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, json_file
-from wesam.data import SPLITS, Domain, load_domain, located
+from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, json_file, spare_files
+from wesam.data import NOTES, SPLITS, Domain, load_domain, located, parted
+from wesam.data.files import is_address
+from wesam.data.folders import PICTURES, parse_cut
+from wesam.drawings import Drawing
 from wesam.errors import InputError
 from wesam.methods import METHODS
 from wesam.sam import model_names
@@ -115,8 +120,10 @@ def make_parser(run: Mapping[str, Command]) -> Parser:
     adapter(p)
     crop(p, "default: as it was adapted")
     p.add_argument(
-        "--baseline", choices=("box", "ellipse"), help="score this drawing of the given box instead of a model"
-    )
+        "--baseline", choices=get_args(Drawing),
+        help="score what is drawn from the given labels instead of a model: the box filled, its ellipse, what is"
+        " nearer to a click on the object than to one beside it, the polygon filled",
+    )  # fmt: skip
     p.add_argument(
         "--instances", type=int, default=0, metavar="N",
         help="score at most N instances of each image (default: all)",
@@ -220,6 +227,44 @@ def make_parser(run: Mapping[str, Command]) -> Parser:
         help="with --peft: write the SamModel itself too, in DIR/base, though the hub has it",
     )  # fmt: skip
     return parser
+
+
+def spare(args: argparse.Namespace) -> None:
+    """Raises InputError if a file to be written is one that is read, lies in the domain (:func:`spare_domain`), or is
+    another one to be written.
+    """
+    given = {o: getattr(args, o, None) for o in ("json", "out", "overlay", "merge")}
+    outs = {o: path for o, path in given.items() if path and not path.is_dir()}
+    for (one, path), (other, same) in itertools.combinations(outs.items(), 2):
+        if path.resolve() == same.resolve():
+            raise InputError(f"--{one} and --{other} are both {path}: one would overwrite the other")
+    read = [Path(f) for name in ("image", "model", "config") if (f := getattr(args, name, None))]
+    if adapter := getattr(args, "adapter", None):
+        read += [Path(adapter) / name for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    for path in outs.values():
+        spare_files(path, *read)
+        if domain := getattr(args, "domain", None):
+            spare_domain(path, domain, args.data)
+
+
+def spare_domain(out: Path, domain: str, root: str = "") -> None:
+    """Raises InputError if a file to be written is there already and lies in the folder of a domain, given as
+    :func:`located` has it; of one that is given by its listing, if it is that or a picture in its folder.
+    """
+    try:
+        given = parse_cut(parted(located(domain, root))[0])[0]
+    except InputError:  # there is no such domain, which is said where it is loaded
+        return
+    place = Path(given)
+    if given in NOTES or is_address(given) or not out.exists():
+        return
+    if place.is_file():
+        spare_files(out, place)
+        place = place.parent.parent if place.parent.name == "annotations" else place.parent
+        if out.suffix.lower() not in PICTURES:
+            return
+    if out.resolve().is_relative_to(place.resolve()):
+        raise InputError(f"{out} lies in the folder of {domain}, and would be overwritten: give another file")
 
 
 def given_domain(args: argparse.Namespace) -> Domain:

@@ -72,6 +72,16 @@ def test_a_study_whose_database_has_a_password_goes_on_when_it_is_given_again(
         assert told.count("\n") == 1
 
 
+def test_a_result_does_not_replace_what_is_searched(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = (small / "train.json").read_bytes()
+    assert main(["run", "--domains", str(small), "--storage", str(tmp_path), "--json", str(small / "train.json")]) == 2
+    assert "would be overwritten: give another file" in capsys.readouterr().err
+    assert (small / "train.json").read_bytes() == before
+
+
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("run", "resume", "best", "report", "table"):
         with pytest.raises(SystemExit, match="0"):

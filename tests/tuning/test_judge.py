@@ -12,7 +12,8 @@ from PIL import Image
 from tuning import judge
 from tuning.judge import PerImage, Task, changed_most
 from tuning.trainer import source_model
-from wesam import Config, evaluate, load_domain
+from wesam import Config, baseline, evaluate, load_domain
+from wesam.config import PromptKind
 
 
 def images(*scores: float, name: str = "miou") -> PerImage:
@@ -42,6 +43,19 @@ def test_references_are_scored_with_so_many_instances_of_an_image(small: Path) -
     for split in ("val", "test"):
         found, _ = judge._references(Task("nano", str(small), base), split)  # type: ignore[arg-type]
         assert {s.instances for s in found.values()} == {found[f"direct_{split}"].images}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "box"), [("box", "box"), ("coarse-box", "coarse-box"), ("point", "box"), ("coarse", "box")]
+)
+def test_what_is_drawn_is_drawn_in_the_given_box_or_where_none_is_in_the_tight_one(
+    small: Path, prompt: PromptKind, box: PromptKind
+) -> None:
+    found, _ = judge._references(Task("nano", str(small), Config(prompt=prompt)), "test")
+    images = load_domain(str(small)).split("test")
+    assert found["box_filled_test"] == baseline("box", images, box)
+    assert found["ellipse_test"] == baseline("ellipse", images, box)
+    assert baseline("box", images, "coarse-box") != baseline("box", images)
 
 
 def test_direct_is_tried_in_other_ways_of_asking(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

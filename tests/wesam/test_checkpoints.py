@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import pickle
+import random
 import re
 import threading
 from collections.abc import Callable, Iterator
@@ -150,6 +152,20 @@ def test_without_the_server_one_line_says_what_to_do(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("home", ["file", "file/below", "link"])
+def test_a_folder_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], home: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("/proc/nowhere")
+    monkeypatch.setenv("WESAM_HOME", str(tmp_path / home))
+    assert main(["fetch", "vit_b"]) == 2
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert len(printed) == 1
+    assert f"cannot write {tmp_path / home}" in printed[0]
+    assert "$WESAM_HOME" in printed[0]
+
+
 def test_two_processes_do_not_fetch_one_file_at_once(server: Server, tmp_path: Path) -> None:
     import fcntl
 
@@ -189,6 +205,34 @@ def test_damaged_files_are_named(tmp_path: Path, name: str) -> None:
         path.write_bytes(path.read_bytes()[:200_000])
         with pytest.raises(InputError, match="damaged"):
             load_sam(str(path))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"\x80\x02", b"i\n.", b"g0\n.", b"(lp0\n0.", b"\x80\x02h\x05.", b"\x80\x02J\x01.", b"\x80\x02]K\x01s.",
+        b"\x80\x02K\x01b.",
+    ],
+)  # fmt: skip
+def test_a_file_of_any_bytes_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (path := tmp_path / "junk.pth").write_bytes(content)
+    with pytest.raises(InputError, match=re.escape(str(path))) as told:
+        checkpoints.read_weights(path)
+    assert len(str(told.value).splitlines()) == 1
+
+
+def test_random_damages_of_a_checkpoint_are_refused_in_one_line_or_read(tmp_path: Path) -> None:
+    path, rng = tmp_path / "junk.pth", random.Random(0)
+    torch.save({"a": torch.zeros(3), "b": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for _ in range(300):
+        damaged = bytearray(whole[: rng.randrange(len(whole)) if rng.random() < 0.3 else None])
+        for _ in range(rng.randrange(4)):
+            if damaged:
+                damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        path.write_bytes(damaged)
+        with contextlib.suppress(InputError):
+            checkpoints.read_weights(path)
 
 
 def test_names_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

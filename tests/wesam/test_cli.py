@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wesam import AdaptedSam, load_sam
+from wesam import AdaptedSam, baseline, load_domain, load_sam
 from wesam.cli import main
 from wesam.config import LoraConfig
 from wesam.console import program
@@ -249,6 +249,16 @@ def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
     assert 0.85 < json.loads((tmp_path / "r.json").read_text())["miou"] < 0.95  # a disc and a square
 
 
+def test_baselines_are_drawn_from_the_given_labels(small: Path, tmp_path: Path) -> None:
+    command = ["evaluate", "--domain", str(small), "--json", str(tmp_path / "r.json")]
+    assert main([*command, "--baseline", "ellipse", "--prompt", "box,coarse-box"]) == 0
+    rows = json.loads((tmp_path / "r.json").read_text())
+    test = load_domain(str(small)).split("test")
+    expected = {k: baseline("ellipse", test, k).miou for k in ("box", "coarse-box")}  # type: ignore[arg-type]
+    assert {r["prompt"]: r["miou"] for r in rows} == expected
+    assert expected["box"] != expected["coarse-box"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -258,7 +268,8 @@ def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
         ("evaluate --domain clean --adapter no/where", "no adapter in no/where"),
         ("evaluate --domain clean --prompt boxes", "did you mean 'box'"),
         ("evaluate --domain clean --prompt box,pint", "did you mean 'point'"),
-        ("evaluate --domain clean --prompt box,point --baseline box", "leave the other kinds"),
+        ("evaluate --domain clean --prompt box,point --baseline box", "box cannot be drawn from point"),
+        ("evaluate --domain clean --baseline voronoi", "voronoi cannot be drawn from box: box and ellipse are drawn"),
         ("export --adapter no/where --merge {tmp}/w.pth", "no adapter in no/where"),
         ("export --adapter no/where", "give --merge FILE, --peft DIR, or both"),
         ("export --adapter no/where --base --merge {tmp}/w.pth", "--base goes with --peft"),
@@ -306,6 +317,16 @@ def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
             "would be overwritten: give another file",
         ),
         ("predict {tmp}/i.png --box 1,2,3,4 --out {tmp}/m.png --overlay {tmp}/i.png", "i.png is read, and would be"),
+        ("predict {tmp}/i.png --box 1,2,3,4 --out {tmp}/m.png --json {tmp}/i.png", "i.png is read, and would be"),
+        (
+            "predict {tmp}/i.png --box 1,2,3,4 --out {tmp}/m.png --overlay {tmp}/./m.png",
+            "--out and --overlay are both {tmp}/m.png",
+        ),
+        ("predict {tmp}/i.png --box 1,2,3,4 --out {tmp}/m.png --json {tmp}/m.png", "--json and --out are both"),
+        ("predict {tmp}/i.png --box 1,2,3,4 --out {tmp}/m.jpg", "a mask has 255 and 0 alone"),
+        ("predict {tmp}/i.png --box 1,2,3,4 --out {tmp}/m.JPEG", "which .JPEG blurs: give a .png"),
+        ("predict {tmp}/i.png --box 1,2,3,4 --out {tmp}/m.webp", "which .webp blurs: give a .png"),
+        ("adapt --domain clean --out {tmp}/a --config {tmp}/odd.json --json {tmp}/odd.json", "odd.json is read, and"),
         ("predict {tmp}/deep.png --box 1,2,3,4 --out {tmp}/m.png", "more than 8 bits"),
         ("predict {tmp}/i.png --box 1,2,3,4 --crop 0.5 --out {tmp}/m.png", "crop must be 0"),
         ("evaluate --domain clean --json {tmp}/none/r.json", "in one that is not there"),
@@ -360,6 +381,40 @@ def test_a_device_that_is_not_there_is_refused(
     assert code == 2
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "check {d} --json {d}/train.json",
+        "check {d}/train.json --json {d}/train.json",
+        "check {d}@70/10/20 --json {d}/images/train-0.png",
+        "check {d} --json {d}/../link.json",
+        "show {d} --out {d}/images/train-0.png",
+        "show {d}/train.json --out {d}/images/train-0.png",
+        "evaluate --domain {d}+fog:3 --json {d}/test.json",
+        "adapt --domain {d} --out {d}/../a --json {d}/val.json",
+        "compare --domain {d} --json {d}/val.json",
+        "cross --domain {d} --json {d}/val.json",
+    ],
+)
+def test_nothing_of_a_domain_is_overwritten(
+    arguments: str, coco_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (coco_folder.parent / "link.json").symlink_to(coco_folder / "train.json")
+    before = {f: f.read_bytes() for f in coco_folder.rglob("*") if f.is_file()}
+    assert main(arguments.format(d=coco_folder).split()) == 2
+    error = capsys.readouterr().err
+    assert "would be overwritten: give another file" in error
+    assert error.count("\n") == 1
+    assert {f: f.read_bytes() for f in coco_folder.rglob("*") if f.is_file()} == before
+
+
+def test_new_files_may_be_written_into_a_domain(coco_folder: Path) -> None:
+    assert main(["check", str(coco_folder), "--json", str(coco_folder / "report.json")]) == 0
+    assert main(["show", str(coco_folder), "--images", "1", "--out", str(coco_folder / "sheet.png")]) == 0
+    for _ in range(2):  # beside a listing it is not in the domain
+        assert main(["check", f"{coco_folder}/train.json", "--json", str(coco_folder / "listing.json")]) == 0
 
 
 def test_a_box_may_reach_beyond_the_image(tmp_path: Path) -> None:

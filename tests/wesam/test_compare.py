@@ -5,9 +5,11 @@ import sys
 import pytest
 from segment_anything.modeling import Sam
 
-from wesam.compare import train_once
+from wesam.compare import compare, train_once
+from wesam.config import PromptKind
 from wesam.data import Domain
-from wesam.evaluate import evaluate
+from wesam.drawings import Drawing
+from wesam.evaluate import baseline, evaluate
 from wesam.methods import method_preset
 
 
@@ -26,6 +28,26 @@ def test_one_training_meets_test_with_several_prompts_and_after_given_steps(sam:
     assert found.parameters > 0
     assert found.seconds is not None
     assert not found.diverged
+
+
+@pytest.mark.parametrize(
+    ("prompt", "drawn"),
+    [
+        ("box", {"box_filled": "box", "ellipse": "ellipse"}),
+        ("coarse-box", {"box_filled": "box", "ellipse": "ellipse"}),
+        ("point", {"nearest_click": "voronoi"}),
+        ("coarse", {"polygon_filled": "polygon"}),
+    ],
+)
+def test_beside_methods_stands_what_can_be_drawn_from_the_given_labels(
+    sam: Sam, camouflaged: Domain, prompt: PromptKind, drawn: dict[str, Drawing], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["wesam.compare"], "_summary", lambda name, values: {name: 0.5})
+    few = {"prompt": prompt, "val_instances": 1, "test_instances": 3}
+    row = compare(sam, camouflaged, {"wesam": method_preset("nano", "wesam").replace(few)}, [])
+    test = camouflaged.scored("test", 3)
+    assert list(row) == [*drawn, "direct", "wesam"]
+    assert {k: row[k] for k in drawn} == {k: baseline(d, test, prompt).objective for k, d in drawn.items()}
 
 
 def test_so_many_instances_of_an_image_of_test_are_scored(sam: Sam, camouflaged: Domain) -> None:

@@ -103,6 +103,14 @@ def test_a_folder_can_be_corrupted_and_searched(coco_folder: Path, tmp_path: Pat
     assert load_domain(f"{plus}+snow:1").name == "a+b+snow1"
 
 
+@pytest.mark.parametrize("size", [(1, 1), (7, 30), (30, 3)])
+def test_small_images_are_corrupted_too(size: tuple[int, int]) -> None:
+    image = torch.full((3, *size), 100, dtype=torch.uint8)
+    for name in CORRUPTIONS:
+        for severity in (1, 5):
+            assert corrupt(image, name, severity, "key").shape == image.shape
+
+
 @pytest.mark.parametrize(
     ("name", "parts"),
     [

@@ -22,6 +22,23 @@ def test_windows_by_hand() -> None:
     assert found[3] == [0, 0, 300, 200], "no larger than the image"
 
 
+def test_a_window_holds_all_that_the_prompt_spans() -> None:
+    clicks = torch.tensor([[[10.5, 60.5], [50.5, 20.5]], [[50.5, 20.5], [10.5, 60.5]]])
+    given = Prompts(points=clicks, point_labels=torch.ones(2, 2, dtype=torch.int))
+    found = windows(given, (200, 200), 1.0)
+    assert found.tolist() == [[10, 20, 51, 61]] * 2
+    assert given.seen_in(found[0]).point_labels.tolist() == [[1, 1]] * 2  # type: ignore[union-attr]
+    generator, limit = torch.Generator().manual_seed(0), torch.tensor([90, 60])
+    corners = torch.rand(4000, 2, 2, generator=generator) * (limit + 20) - 10
+    boxes = torch.cat([corners.amin(1), corners.amax(1)], 1)
+    boxes = boxes[((boxes[:, :2] < limit) & (boxes[:, 2:] > 0)).all(1)]
+    for part in (boxes, (2 * boxes).round() / 2):
+        for crop in (1.0, 1.1, 2.0):
+            window = windows(Prompts(boxes=part), (60, 90), crop)
+            assert (window[:, :2] <= part[:, :2].clamp(min=0)).all()
+            assert (window[:, 2:] >= torch.minimum(part[:, 2:], limit)).all()
+
+
 def test_a_single_click_shows_the_whole_image() -> None:
     one = Prompts(points=torch.tensor([[[50.0, 60], [10, 10]]]), point_labels=torch.tensor([[1, 0]]))
     none = Prompts(points=torch.tensor([[[50.0, 60]]]), point_labels=torch.tensor([[0]]))

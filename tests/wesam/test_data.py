@@ -178,6 +178,7 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_line(
         (annotation(segmentation={"size": [60, 90], "counts": [5400]}), "it is empty"),
         (annotation(segmentation=[[1, 1, 20, 20]]), "has 2 points"),
         (annotation(segmentation=[[1, 1, 20, 20, float("nan"), 3]]), "no list of coordinates"),
+        (annotation(segmentation=[[1, 1, 20, 20, 10**400, 3]]), "no list of coordinates"),
         (annotation(segmentation=[[1, 1, 20, 20, 1e12, 3]]), "far beyond the image"),
         (annotation(segmentation=[[-30, -30, -20, -30, -20, -20]]), "it is empty"),
         (annotation(segmentation=None), "it has no segmentation"),

@@ -5,6 +5,7 @@ import torch
 
 from wesam.data import load_domain
 from wesam.drawings import draw, drawable
+from wesam.errors import InputError
 from wesam.evaluate import baseline
 from wesam.prompts import NO_CLICK, Prompts
 
@@ -34,6 +35,11 @@ def test_every_drawing_is_from_its_own_kind_of_label_alone() -> None:
         "box": ("box", "tight-box", "coarse-box"), "ellipse": ("box", "tight-box", "coarse-box"),
         "voronoi": ("point", "point1"), "polygon": ("coarse",),
     }  # fmt: skip
+
+
+def test_what_cannot_be_drawn_is_refused_with_what_can() -> None:
+    with pytest.raises(InputError, match=r"ellipse cannot be drawn from point: box and ellipse are drawn from box"):
+        baseline("ellipse", load_domain("clean").split("val")[:1], "point")
 
 
 @pytest.mark.parametrize(("drawing", "prompt"), [("voronoi", "point"), ("polygon", "coarse"), ("box", "coarse-box")])

@@ -146,6 +146,35 @@ def test_masks_that_fill_whatever_box_they_are_shown_have_a_low_label_free_score
     assert bad.label_free == pytest.approx(1 / 1.15**2, abs=0.05)
 
 
+@pytest.mark.parametrize("crop", [1.0, 1.1, 2.0])
+def test_a_window_does_not_cut_masks_that_fill_a_looser_box_to_the_given_one(
+    sam: Sam, monkeypatch: pytest.MonkeyPatch, crop: float
+) -> None:
+    """Cut by the window of the given box they would fit it. Half of the clicks span less than all: in a window of its
+    own it would lose clicks, and be asked about another part of the image.
+    """
+    shown: list[torch.Tensor] = []
+
+    def filled(
+        model: Sam, image: torch.Tensor, prompts: Prompts, where: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        size = (int(image.shape[1]), int(image.shape[2]))
+        shown.append(where)
+        boxes = prompts if prompts.boxes is not None else Prompts(boxes=prompts.extents())
+        return boxes.filled(size) & Prompts(boxes=where.float()).filled(size), torch.ones(len(prompts))
+
+    monkeypatch.setattr(sys.modules["wesam.evaluate"], "_predict", filled)
+    image = torch.zeros(3, 400, 400, dtype=torch.uint8)
+    known = [Sample("x", image, {"box": Prompts(boxes=torch.tensor([[100.0, 100, 200, 200]]))})]
+    assert evaluate(sam, known, "box", crop=crop).label_free == pytest.approx(1 / 1.15**2, abs=0.02)
+    shown.clear()
+    clicks = torch.tensor([[[100.5, 100.5], [120.5, 110.5], [150.5, 190.5], [180.5, 120.5]]])
+    known = [Sample("x", image, {"point": Prompts(points=clicks, point_labels=torch.ones(1, 4).int())})]
+    evaluate(sam, known, "point", crop=crop)
+    assert len(shown[0]) == 3
+    assert len(shown[0].unique(dim=0)) == 1
+
+
 def _inside(box: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     x, y = torch.arange(size[1]) + 0.5, torch.arange(size[0]) + 0.5
     return ((y > box[1]) & (y < box[3]))[:, None] & ((x > box[0]) & (x < box[2]))[None, :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+from wesam.cli import main
 from wesam.config import Config
 from wesam.data import SPLITS, Domain, load_domain, located
 from wesam.data.files import Folder
@@ -477,6 +479,24 @@ def test_label_images_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert load_domain(str(tmp_path)).digest != before, "a label image was changed"
 
 
+def test_a_label_image_that_could_not_be_fetched_is_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps(tmp_path)
+    whole, address = Folder.fetch, f"file://{tmp_path}"
+
+    def broken(folder: Folder, name: str, path: Path) -> None:
+        if name.endswith("3.png"):
+            raise InputError(f"cannot fetch {folder.path(name)}: connection reset")
+        whole(folder, name, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "fetch", broken)
+        with pytest.raises(InputError, match="connection reset"):
+            load_domain(address)
+    assert sum(len(load_domain(address).split(s)) for s in SPLITS) == 10
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -502,6 +522,30 @@ def test_labels_of_another_size_or_without_instances_are_left_out(tmp_path: Path
     assert [re.search(r"(\d)\.jpg", line)[1] for line in domain.left_out] == ["3", "4"]  # type: ignore[index]
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_names_that_are_not_utf_8(tmp_path: Path, capsys: pytest.CaptureFixture[str], listed: bool) -> None:
+    odd = os.fsdecode(b"zelle\xf6")
+    if listed:
+        single(tmp_path / odd)
+        (file := tmp_path / odd / "images/3.png").rename(file.with_stem(odd))
+        (listing,) = (tmp_path / odd).rglob("*.json")
+        listing.write_text(listing.read_text().replace('"3.png"', json.dumps(f"{odd}.png")))
+    else:
+        maps(tmp_path / odd)
+        for file in sorted((tmp_path / odd).rglob("3.*")):
+            file.rename(file.with_stem(odd))
+        labels(tmp_path / odd / "labels/a/4.png")
+    for place in (f"{tmp_path}/{odd}", f"{tmp_path}/{odd}+all"):
+        domain = load_domain(place)
+        samples = [s for split in SPLITS for s in domain.split(split)]
+        (key,) = [s.key for s in samples if "zelle" in s.key.rpartition("/")[2]]
+        assert key.endswith("/zelle\\xf6" + Path(key).suffix)
+        for sample in samples:
+            sample.weak_labels("point")
+    assert main(["check", f"{tmp_path}/{odd}"]) == 0
+    assert "zelle\\udcf6 is usable" in capsys.readouterr().out
+
+
 def test_weak_labels_given_as_such(tmp_path: Path) -> None:
     """A listing that has boxes or clicks and no masks."""
     for split in SPLITS:
@@ -520,12 +564,14 @@ def test_weak_labels_given_as_such(tmp_path: Path) -> None:
             {"id": 8, "image_id": 1, "bbox": [4, 5, 6, 20], "keypoints": [5, 6, 3]},
             {"id": 9, "image_id": 1, "bbox": [4, 5, 6, 20], "keypoints": [5, 6]},
             {"id": 10, "image_id": 1, "bbox": [4, 5, 6, 20], "keypoints": [5, 6, 0, 7]},
-            {"id": 11, "image_id": 2, "bbox": [1, 1, 6, 20], "keypoints": [5, 6, 2]},
+            {"id": 11, "image_id": 1, "bbox": [4, 5, 10**400, 20], "keypoints": [5, 6, 2]},
+            {"id": 12, "image_id": 1, "bbox": [4, 5, 6, 20], "keypoints": [-(10**400), 6, 2]},
+            {"id": 13, "image_id": 2, "bbox": [1, 1, 6, 20], "keypoints": [5, 6, 2]},
         ]
         (tmp_path / f"{split}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
     domain = load_domain(str(tmp_path))
     assert [len(domain.split(s)) for s in SPLITS] == [2, 2, 2]
-    assert [re.search(r"annotation (\d+)", line)[1] for line in domain.left_out[:9]] == [*map(str, range(2, 11))]  # type: ignore[index]
+    assert [re.search(r"annotation (\d+)", line)[1] for line in domain.left_out[:11]] == [*map(str, range(2, 13))]  # type: ignore[index]
     sample = domain.split("train")[0]
     assert len(sample) == 2
     assert sample.weak_labels("box").boxes.tolist() == [[4, 5, 10, 25], [0, 0, 16, 15]]  # type: ignore[union-attr]
@@ -598,6 +644,26 @@ def test_a_domain_may_lie_in_an_archive(inner: str, tmp_path: Path, monkeypatch:
     assert Folder(f"zip://{inner}::{archive}").path("a/1.png") == f"zip://{Path(inner) / 'a/1.png'}::{archive}"
     cached = load_domain(f"simplecache::file://{tmp_path}/whole/{inner}")
     assert [len(cached.split(s)) for s in SPLITS] == [7, 1, 2]
+
+
+def test_a_distant_file_that_has_changed_is_fetched_again_whatever_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WESAM_HOME", str(tmp_path))
+    system = fsspec.filesystem("memory")
+    stamps = set()
+    for content in (b"one", b"two"):
+        system.pipe("/far/a.bin", content)
+        folder = Folder("memory://far")
+        assert folder.names == ["a.bin"]
+        with monkeypatch.context() as patch:
+            patch.setattr(type(system), "info", lambda *given: pytest.fail("the listing has told it already"))
+            stamps.add(folder.stamp("a.bin"))
+        assert folder.local("a.bin").read_bytes() == content
+    assert len(stamps) == 2
+    monkeypatch.setattr(Folder, "fetch", lambda *given: pytest.fail("it is kept already"))
+    assert Folder("memory://far").local("a.bin").read_bytes() == b"two"
+    system.rm("/far", recursive=True)
 
 
 def test_the_cache_of_distant_files_stays_below_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

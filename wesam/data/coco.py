@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from wesam.data.files import Folder, leads_out
 from wesam.data.images import MOST_PIXELS
 from wesam.data.listing import Click, Entry, Findings, Given, Size
-from wesam.data.segmentations import packed
+from wesam.data.segmentations import LARGEST, packed
 from wesam.errors import InputError
 
 Json = dict[str, Any]
@@ -71,7 +70,7 @@ def listed(
     missing = []
     for entry in entries:
         if entry.name in folder:
-            digest.update(f"{entry.name} {folder.size(entry.name)}\n".encode())
+            digest.update(f"{entry.name} {folder.size(entry.name)}\n".encode(errors="surrogateescape"))
         elif entry.instances or not all_images:
             missing.append(entry.name)
     if missing:
@@ -204,4 +203,4 @@ def _clicks(given: Any, size: Size) -> tuple[Click, ...]:
 
 
 def _numbers(given: Any) -> bool:
-    return isinstance(given, list) and all(type(v) in (int, float) and math.isfinite(v) for v in given)
+    return isinstance(given, list) and all(type(v) in (int, float) and abs(v) <= LARGEST for v in given)

@@ -12,11 +12,17 @@ from typing import Any
 
 import fsspec
 
-from wesam.errors import InputError
+from wesam.errors import InputError, reason
 from wesam.sam.checkpoints import home
 
 MOST_FILES = 2_000_000
 """A folder with more is refused: it was hardly meant."""
+
+VERSIONS = (
+    "ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "updated", "mtime", "modificationTime",
+    "created", "CRC",
+)  # fmt: skip
+"""What changes with a file's content, as storages call it in their listings: many tell one or two of these."""
 
 CACHE_GB = 20.0
 """What is kept of distant files on a machine, in 10^9 bytes; ``$WESAM_CACHE_GB`` says otherwise."""
@@ -67,9 +73,11 @@ class Folder:
         return self.sizes[name] if self._here is None else (self._here / name).stat().st_size
 
     def stamp(self, name: str) -> str:
-        """What changes when the file does: its size in bytes and, here, when it was last written."""
+        """What changes when the file does: its size in bytes and when it was last written or, of a distant file, what
+        of :data:`VERSIONS` the listing of its folder tells; empty for one that is not listed.
+        """
         if self._here is None:
-            return str(self.sizes[name])
+            return self._listed.get(name, (0, ""))[1]
         stat = (self._here / name).stat()
         return f"{stat.st_size} {stat.st_mtime_ns}"
 
@@ -90,13 +98,23 @@ class Folder:
     @cached_property
     def sizes(self) -> dict[str, int]:
         """All files of a distant folder with their sizes in bytes."""
+        return {name: size for name, (size, _) in self._listed.items()}
+
+    @cached_property
+    def _listed(self) -> dict[str, tuple[int, str]]:
+        """The size in bytes and the stamp of each file of a distant folder."""
         system, base = self._reached
         try:
             found = system.find(base, detail=True)
         except Exception as e:  # each kind of storage has errors of its own
-            raise InputError(f"cannot read {self.place}: {_reason(e)}") from None
+            raise InputError(f"cannot read {self.place}: {reason(e)}") from None
         start = len(base.rstrip("/"))
-        files = {str(k)[start:].lstrip("/"): int(v.get("size") or 0) for k, v in found.items()}
+        files = {
+            str(k)[start:].lstrip("/"): (
+                int(v.get("size") or 0), " ".join(str(v[t]) for t in ("size", *VERSIONS) if t in v)
+            )
+            for k, v in found.items()
+        }  # fmt: skip
         return {k: v for k, v in files.items() if not any(p.startswith(".") for p in k.split("/"))}
 
     @cached_property
@@ -123,7 +141,7 @@ class Folder:
         try:
             system, base = fsspec.core.url_to_fs(self.place)
         except Exception as e:  # a protocol that is unknown or whose package is missing
-            raise InputError(f"cannot read {self.place}: {_reason(e)}") from None
+            raise InputError(f"cannot read {self.place}: {reason(e)}") from None
         return system, str(base)
 
     def fetch(self, name: str, path: Path) -> None:
@@ -132,7 +150,7 @@ class Folder:
         try:
             system.get_file(f"{base.rstrip('/')}/{name}", str(path))
         except Exception as e:
-            raise InputError(f"cannot fetch {self.path(name)}: {_reason(e)}") from None
+            raise InputError(f"cannot fetch {self.path(name)}: {reason(e)}") from None
 
 
 def is_address(place: str) -> bool:
@@ -160,7 +178,8 @@ class _Cache:
         self._since = 0
 
     def get(self, folder: Folder, name: str) -> Path:
-        key = hashlib.sha256(f"{folder.path(name)} {folder.sizes.get(name)}".encode()).hexdigest()
+        said = f"{folder.path(name)} {folder.stamp(name)}"
+        key = hashlib.sha256(said.encode(errors="surrogateescape")).hexdigest()
         path = home() / "cache" / key[:2] / (key + PurePosixPath(name).suffix)
         if path.is_file():
             os.utime(path)
@@ -213,7 +232,3 @@ def _limit() -> float:
     if not limit > 0:
         raise InputError(f"WESAM_CACHE_GB must be a number above 0, got {given!r}")
     return limit * 1e9
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

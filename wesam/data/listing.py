@@ -69,7 +69,7 @@ def domain(
     name: the folder's where none is given. keyed_by_split: the same file may be in several splits. Raises Unusable
     with a line for each thing that is fatal.
     """
-    name = name or folder.name
+    name = _printable(name or folder.name)
     wrong = set()
     for entry in {(e.name, e.size): e for part in entries.values() for e in part}.values():
         if problem := _unusable(folder, entry):
@@ -83,7 +83,7 @@ def domain(
         part = [e for e in whole if e.name not in wrong]
         prefix = f"{name}/{split}" if keyed_by_split else name
         splits[split] = Split(
-            len(part), lambda n, part=part, prefix=prefix: _sample(folder, part[n], f"{prefix}/{part[n].name}"),  # type: ignore[misc]
+            len(part), lambda n, part=part, prefix=prefix: _sample(folder, part[n], prefix),  # type: ignore[misc]
             small=lambda side, part=part: sum(_vanishing(e, side) for e in part),  # type: ignore[misc]
             unclicked=sum(any(isinstance(i, Given) and not i.clicks for i in e.instances) for e in part),
         )  # fmt: skip
@@ -91,6 +91,11 @@ def domain(
     if found.fatal:
         raise Unusable(found.fatal, made)
     return made
+
+
+def _printable(name: str) -> str:
+    """A name as the system has it, with what of it is not UTF-8 escaped."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def _unusable(folder: Folder, entry: Entry) -> str | None:
@@ -107,7 +112,8 @@ def _unusable(folder: Folder, entry: Entry) -> str | None:
     return None
 
 
-def _sample(folder: Folder, entry: Entry, key: str) -> Sample:
+def _sample(folder: Folder, entry: Entry, prefix: str) -> Sample:
+    key = f"{prefix}/{_printable(entry.name)}"
     pixels = read_image(folder.local(entry.name), entry.size)
     if pixels.shape[:2] != entry.size:
         h, w = entry.size

@@ -64,14 +64,16 @@ def read_pairs(
 ) -> dict[str, list[Entry]]:
     """The images with instances, by split; what has none is left out and listed.
 
-    The label images are read the first time; what was found is kept in ``index`` in the folder of the weights.
+    The label images are read the first time; what was found is kept in ``index`` in the folder of the weights, unless
+    one could not be read, which may pass.
     """
     pairs = list(dict.fromkeys(p for part in parts.values() for p in part))
     key = _key(folder, pairs, decode)
     index = _kept(key)
     if index is None:
         index = _read(folder, pairs, decode)
-        _keep(key, index)
+        if not index["fatal"]:
+            _keep(key, index)
     found.fatal += index["fatal"]
     found.left_out += index["left_out"]
     known = {
@@ -87,7 +89,7 @@ def digest_of(folder: Folder, entries: Mapping[str, Iterable[Entry]]) -> str:
     for split, part in entries.items():
         for e in part:
             size = folder.size(e.name) if e.name in folder else 0
-            digest.update(f"{split} {e.name} {size} {list(e.instances)}\n".encode())
+            digest.update(f"{split} {e.name} {size} {list(e.instances)}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -140,11 +142,12 @@ def _by_box(shown: np.ndarray, pair: Pair) -> np.ndarray:
 
 
 def _key(folder: Folder, pairs: Sequence[Pair], decode: Decode) -> str:
-    digest = hashlib.sha256(f"{FORMAT} {folder.place} {decode.__module__}.{decode.__qualname__}".encode())
+    begin = f"{FORMAT} {folder.place} {decode.__module__}.{decode.__qualname__}"
+    digest = hashlib.sha256(begin.encode(errors="surrogateescape"))
     for pair in pairs:
         files = (pair.image, *([pair.labels] if pair.labels else []), *pair.masks)
         stamps = "\n".join(f"{f} {folder.stamp(f)}" for f in files)
-        digest.update(f"{stamps} {pair.boxes}\n".encode())
+        digest.update(f"{stamps} {pair.boxes}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as rle
+
+LARGEST = sys.float_info.max
+"""Of a file's numbers, which may have any number of digits; infinity is larger, and NaN is not as small."""
 
 
 def packed(given: Any, height: int, width: int) -> dict[str, Any]:
@@ -52,7 +55,7 @@ def _some(given: list[Any]) -> list[Any]:
 
 def _polygon(given: Any, height: int, width: int) -> list[float]:
     numbers = isinstance(given, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in given)
-    if not numbers or len(given) % 2 or not all(math.isfinite(v) for v in given):
+    if not numbers or len(given) % 2 or not all(abs(v) <= LARGEST for v in given):
         raise ValueError("a polygon of it is no list of coordinates x, y, x, y, ...")
     if len(given) < 6:
         raise ValueError(f"a polygon of it has {len(given) // 2} points")

@@ -16,7 +16,7 @@ from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from torch import Tensor
 
-from wesam.errors import InputError, unknown
+from wesam.errors import InputError, reason, unknown
 from wesam.sam import checkpoints
 from wesam.sam.attention import fuse
 from wesam.sam.nano import SHAPE, Shape, build_nano, said_shape, shape_of
@@ -146,7 +146,7 @@ def write_weights(sam: Sam, path: Path) -> None:
         else:
             raise InputError(f"cannot write {path}: weights are written as .pth or .safetensors")
     except (OSError, RuntimeError, SafetensorError) as e:
-        raise InputError(f"cannot write {path}: {str(e).splitlines()[0]}") from None
+        raise InputError(f"cannot write {path}: {reason(e)}") from None
 
 
 def random_sam(name: str, seed: int = 0) -> Sam:

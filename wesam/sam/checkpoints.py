@@ -11,6 +11,7 @@ import pickle
 import sys
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
@@ -22,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from wesam.errors import InputError
+from wesam.errors import InputError, reason
 
 BLOCK = 2**20
 ATTEMPTS = 5
@@ -57,7 +58,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of an odd pickle protocol, which junk seems to have
+                state = torch.load(path, map_location="cpu", weights_only=True)
             while isinstance(state, dict) and len(inner := [k for k in ("model", "state_dict") if k in state]) == 1:
                 state = state[inner[0]]
     except (OSError, SafetensorError) as e:
@@ -66,8 +69,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(
             f"{path} is no checkpoint of plain tensors: it is damaged, or carries code; not read"
         ) from None
-    except (RuntimeError, EOFError) as e:
-        raise InputError(f"{path} is damaged: {str(e).splitlines()[0]}") from None
+    except Exception as e:  # whatever torch's unpickler makes of the bytes
+        raise InputError(f"{path} is damaged: {reason(e)}") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path} holds something else than tensors by name")
     return {str(k).removeprefix("module."): v.float() for k, v in state.items()}
@@ -117,7 +120,7 @@ def read_tensors(
                 )
             return {name: file.get_tensor(name) for name in given}, dict(file.metadata() or {})
     except (OSError, SafetensorError, RuntimeError) as e:
-        raise InputError(f"{path.name} is no safetensors file, or damaged: {str(e).splitlines()[0]}") from None
+        raise InputError(f"{path.name} is no safetensors file, or damaged: {reason(e)}") from None
 
 
 def said_of(path: Path) -> dict[str, str]:
@@ -135,12 +138,16 @@ def said_of(path: Path) -> dict[str, str]:
 def fetch(url: str, path: Path, digest: str) -> None:
     """Downloads to ``path``, with progress on stderr, going on from what an earlier try left in ``path``.part.
 
-    The file is moved into place only when its SHA-256 is ``digest``; raises InputError if it is not, or if the server
-    cannot be reached.
+    The file is moved into place only when its SHA-256 is ``digest``; raises InputError if it is not, if the server
+    cannot be reached, or if the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with part.open("ab") as f:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = part.open("ab")
+    except OSError as e:
+        raise InputError(f"cannot write {part}: {e.strerror}; $WESAM_HOME says where weights are kept") from None
+    with opened as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -152,10 +159,10 @@ def fetch(url: str, path: Path, digest: str) -> None:
             except urllib.error.HTTPError as e:
                 raise InputError(f"{url} answers {e.code} {e.reason}; {_elsewhere(path)}") from None
             except (OSError, HTTPException) as e:
-                reason = getattr(e, "reason", e)
+                why = getattr(e, "reason", e)
                 if f.tell() == 0 or attempt == ATTEMPTS:
                     kept = f"; {f.tell() / 1e6:.0f} MB are kept, the same command goes on" if f.tell() else ""
-                    raise InputError(f"cannot fetch {url}: {reason}{kept}; {_elsewhere(path)}") from None
+                    raise InputError(f"cannot fetch {url}: {why}{kept}; {_elsewhere(path)}") from None
             finally:
                 if f.tell() == 0:
                     part.unlink()
