@@ -29,6 +29,8 @@ class Verdict:
     """What val says of a search."""
 
     searched: list[Trial]
+    begun: int
+    """The number of trials that were begun, whatever became of them."""
     best: Trial | None
     """The trial with the best score, as :func:`tuning.confirm.winner` has it, if that is above Direct's."""
     finalists: list[Trial]
@@ -79,7 +81,7 @@ def _verdict(tracker: Tracker, parent: str, direct: float) -> Verdict:
     best = next((t for t in searched if t.number == number), None)
     again = [t for t in found[SEED] if best and t.of == best.number]
     score = statistics.mean(t.best for t in again or [best]) if best else direct
-    return Verdict(searched, best, final, again, score > direct + MARGIN, found[SUPERVISED])
+    return Verdict(searched, len(begun(tracker, parent)), best, final, again, score > direct + MARGIN, found[SUPERVISED])
 
 
 def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
@@ -128,7 +130,7 @@ def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
     target.run.attach(lambda: {PICTURE: picture, **_drawings(c, row)})
     for split, part in (("test", row), ("val", row["val"])):
         target.run.log({f"{k}_{split}_{part['score']}": part[k] for k in LOGGED if part.get(k) is not None})
-    lost = missing(plan.trials, len(begun(c.tracker, run.id)), verdict.searched)
+    lost = missing(plan.trials, verdict.begun, verdict.searched)
     if chosen is None or best is None:
         row["outcome"] = _unbeaten(verdict) + lost
         return row

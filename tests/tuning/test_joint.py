@@ -57,10 +57,10 @@ def test_where_a_joint_winner_loses_on_val_the_domain_keeps_the_model_as_it_is(m
         number=3, run_id="r", label="searched", reference=None, point={}, config={"steps": "8"}, best=0.05,
         best_step=8, step=8, ended="finished", gap=None, metrics={},
     )  # fmt: skip
-    verdict = Verdict([best], best, [], [], True, [])
+    verdict = Verdict([best], 16, best, [], [], True, [])
     reached = {"val_miou.a": 0.7, "val_miou.b": 0.55}
     tracker = SimpleNamespace(files=lambda *given: {}, at=lambda run, name, step: reached[name])
-    context: Any = SimpleNamespace(plan=plan("mean"), tracker=tracker, budget=SimpleNamespace(over=lambda: False))
+    context: Any = SimpleNamespace(plan=plan("mean"), tracker=tracker)
     run: Any = SimpleNamespace(id="r", attach=lambda f: f(), log=lambda *given: None)
     rows = []
     for name in ("a", "b"):
