@@ -78,7 +78,9 @@ def test_of_finalists_the_second_training_decides_too(monkeypatch: pytest.Monkey
         SEED: [role(1, 1, 0.69), role(1, 2, 0.72), role(2, 1, 0.695)], SUPERVISED: [trial(1, 0.75)],
     }  # fmt: skip
     monkeypatch.setattr("tuning.conclusion.trials_by_role", lambda tracker, run: found)
+    monkeypatch.setattr("tuning.conclusion.begun", lambda tracker, run: {"1", "2", "3", "4"})
     verdict = _verdict(None, "", 0.6)  # type: ignore[arg-type]
+    assert verdict.begun == 4
     assert verdict.best == found[None][0]
     assert [t.best for t in verdict.again] == [0.69, 0.695]
     assert verdict.chosen == verdict.best
