@@ -13,6 +13,8 @@ from wesam.sam import model_names
 REFERENCES = {
     "box_filled": "box filled",
     "ellipse": "ellipse in the box",
+    "nearest_click": "what is nearer to a click on the object than to one beside it",
+    "polygon_filled": "polygon filled",
     "direct": "Direct: the model without an adapter",
     "paper": "the paper's hyperparameters",
     "": "**this adapter**",

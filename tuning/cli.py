@@ -11,7 +11,7 @@ from shlex import quote
 from typing import Any
 
 from tuning import DEFAULT_URI, URI_VARIABLE, table_cli
-from tuning.plan import BUDGET, COLUMNS, DEMO, KEYS, Lines, check, in_file, make_plan, read_study, shown
+from tuning.plan import BUDGET, DEMO, KEYS, Lines, check, columns, in_file, make_plan, read_study, shown
 from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, guarded, json_file, program, table, write_json
 from wesam.errors import InputError, at
 from wesam.options import spare_domain
@@ -205,10 +205,11 @@ def summary(result: dict[str, Any]) -> str:
     from tuning.card import score
     from tuning.report import share
 
+    titles = columns(result["domains"])
     rows = [
         {
             "domain": r["domain"],
-            **{title: score(r.get(key), r.get(f"{key}_sd")) for key, title in COLUMNS.items()},
+            **{title: score(r.get(key), r.get(f"{key}_sd")) for key, title in titles.items()},
             "gap closed": share(r.get("gap_closed")),
         }
         for r in result["domains"]

@@ -15,6 +15,7 @@ from tuning.plan import MARGIN
 from tuning.target import Context, Target
 from tuning.tracking import Run, Tracker, Trial, begun, trials_by_role
 from wesam import Scores
+from wesam.drawings import DRAWN
 from wesam.prompts import changed_labels
 
 Row = dict[str, Any]
@@ -111,13 +112,13 @@ def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
     row: Row = {
         "domain": target.name, "given": target.given, "run_id": target.run.id, "trials_of": run.id,
         "joint": plan.joint, "score": test.chosen_by,
-        **{k: s.objective if (s := found.get(f"{k}_test")) else None for k in judge.DRAWN},
+        **{k: s.objective if (s := found.get(f"{k}_test")) else None for k in DRAWN},
         "direct": test.objective, "paper": on_test[paper.run_id].objective if paper else None,
         **_summary("best", winners), **_summary("supervised", upper),
         "gap_closed": gap.closed(test.objective, statistics.mean(winners), upper),
         "best_f1": on_test[chosen.run_id].f1 if chosen else test.f1,
         "val": {
-            "score": on_val, **{k: getattr(found.get(f"{k}_val"), on_val, None) for k in judge.DRAWN},
+            "score": on_val, **{k: getattr(found.get(f"{k}_val"), on_val, None) for k in DRAWN},
             "direct": direct, "paper": val([paper] if paper else []),
             "best": val(repeated) if chosen else direct,
             "supervised": val(verdict.supervised),
@@ -205,7 +206,7 @@ def _as_tags(row: Row, score: str) -> dict[str, str]:
     """What a version is tagged with of the scores on test."""
     names = {
         "best": f"test_{score}", "best_sd": f"test_{score}_sd", "gap_closed": "gap_closed",
-        **{k: f"{k}_test_{score}" for k in (*judge.DRAWN, "direct", "paper", "supervised")},
+        **{k: f"{k}_test_{score}" for k in (*DRAWN, "direct", "paper", "supervised")},
         "supervised_sd": f"supervised_test_{score}_sd",
     }  # fmt: skip
     return {name: f"{row[key]:.6f}" for key, name in names.items() if row[key] is not None}

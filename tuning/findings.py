@@ -9,8 +9,9 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from tuning import joint
-from tuning.plan import WORDS
+from tuning.plan import COLUMNS, WORDS
 from tuning.tracking import Tracker, Trial, trials
+from wesam.drawings import DRAWN
 
 Curve = Sequence[tuple[int, float]]
 """(step, score on val)."""
@@ -57,9 +58,11 @@ class Findings:
         return 0.0 if self.row["joint"] else float(self.row["val"]["direct"])
 
     @property
-    def ellipse(self) -> float | None:
-        """The same of the ellipse in the box; None where it is not known."""
-        return None if self.row["joint"] else self.row["val"]["ellipse"]
+    def drawn(self) -> tuple[str, float] | None:
+        """What was drawn without a model, if it can be from the given labels, and the same of it; None for nothing."""
+        val = self.row["val"]
+        known = [k for k in DRAWN if val.get(k) is not None and not self.row["joint"]]
+        return (COLUMNS[known[-1]], val[known[-1]]) if known else None
 
     @property
     def word(self) -> str:

@@ -19,16 +19,12 @@ from tuning.trainer import source_model
 from wesam import AdaptedSam, Scores, baseline, evaluate, load_domain, overlay, predict
 from wesam.config import Config, PromptKind
 from wesam.data.domain import Split
-from wesam.drawings import drawable
+from wesam.drawings import DRAWN, drawable
 from wesam.evaluate import measure
 from wesam.overlay import sheet
 
 Files = dict[str, bytes]
 """An adapter as it travels between machines: file name -> contents."""
-
-DRAWN: dict[str, Literal["box", "ellipse"]] = {"box_filled": "box", "ellipse": "ellipse"}
-"""What is drawn in the given box, as a row of the result and as :func:`wesam.baseline` calls it; in the tight one where
-clicks or coarse masks are given."""
 
 SHOWN = 2
 """Test images in a domain's picture on which the adapter gains most, and as many on which it gains least."""
@@ -69,9 +65,9 @@ def ways(base: Config) -> dict[str, tuple[str, PromptKind, float]]:
 def references(task: Task) -> tuple[dict[str, Scores], int]:
     """What is known of a domain before any search.
 
-    Returns the scores of Direct and, where there are masks, of :data:`DRAWN`, on val and test: ``direct_val``,
-    ``ellipse_test``, ..., and of Direct on a part of val, as it is asked and in the other :func:`ways`: ``asked_val``,
-    ``windows_val``, ``tight_val``; and how many training instances are too small for the model to see.
+    Returns the scores of Direct and, where there are masks, of what can be drawn (:data:`DRAWN`), on val and test:
+    ``direct_val``, ``ellipse_test``, ..., and of Direct on a part of val, as it is asked and in the other :func:`ways`:
+    ``asked_val``, ``windows_val``, ``tight_val``; and how many training instances are too small for the model to see.
     """
     (on_val, vanished), (on_test, _) = ray.get([_begin(_references, task, split) for split in ("val", "test")])
     return {**on_val, **on_test}, vanished
@@ -105,7 +101,10 @@ def _references(task: Task, split: Literal["val", "test"]) -> tuple[dict[str, Sc
     found = {}
     if images[0].has_masks:
         for name, kind in DRAWN.items():
-            found[f"{name}_{split}"] = baseline(kind, images, prompt if drawable(kind, prompt) else "box")
+            if drawable(kind, prompt):
+                found[f"{name}_{split}"] = baseline(kind, images, prompt)
+            elif drawable(kind, "box"):  # the tight one, though it is not given: a yardstick all the same
+                found[f"{name}_{split}"] = baseline(kind, images)
     found[f"direct_{split}"] = evaluate(sam, images, prompt, crop=crop, label_free=split == "val")
     if split == "val" and (others := ways(task.base)):
         few = [images[i].only(TRIED_INSTANCES) for i in range(0, len(images), -(-len(images) // TRIED_IMAGES))]

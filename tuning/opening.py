@@ -6,20 +6,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from wesam.config import BOXES
+from wesam.config import PromptKind
+from wesam.drawings import DRAWN, drawable
 
 Row = Mapping[str, Any]
 """A domain's line of a study's result."""
 
 Verdict = Literal["adapter", "chance", "drawn", "model"]
 """What to use on a domain: the adapter; perhaps the adapter, for its gain is within the spread over seeds; what is
-drawn in the box; the model as it is.
+drawn from the given labels; the model as it is.
 """
 
 WORTH = 0.01
 """What Direct has to gain by another way of asking for that to be worth a study."""
 
-_DRAWN = {"box_filled": "the box filled", "ellipse": "an ellipse drawn in the box"}
+_DRAWN = {
+    "box_filled": "the box filled", "ellipse": "an ellipse drawn in the box",
+    "nearest_click": "what is nearer to a click on the object than to one beside it",
+    "polygon_filled": "the given polygon filled",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,9 @@ def opening(result: Mapping[str, Any], champions: Mapping[str, int]) -> Opening:
     return Opening(_searched(result), found, _use(rows, result["prompt"], champions))
 
 
-def verdict(row: Row, prompt: str) -> Verdict:
+def verdict(row: Row, prompt: PromptKind) -> Verdict:
     """What to use on the domain, by the scores on test."""
-    if prompt in BOXES and (drawn := _best_drawn(row)) and row[drawn] >= max(row["best"], row["direct"]):
+    if _better_drawn(row, prompt, given=True):
         return "drawn"
     if row["best_trial"] is None or row["best"] <= row["direct"]:
         return "model"
@@ -68,7 +73,7 @@ def _failed(row: Row) -> str:
     return f"{row['domain']}: the search failed ({row['error']})."
 
 
-def _found(row: Row, prompt: str) -> str:
+def _found(row: Row, prompt: PromptKind) -> str:
     direct, best, paper, spread = row["direct"], row["best"], row["paper"], row["best_sd"]
     unit = "points" if row["score"] != "label_free" else "points of the label-free score (no masks are known)"
     if row["best_trial"] is None:
@@ -79,10 +84,10 @@ def _found(row: Row, prompt: str) -> str:
         if paper is not None:
             said += f" and {_against(best - paper, 'points')} the paper's hyperparameters ({paper:.3f})"
         said += f".{_doubt(best - direct, spread)}"
-    drawn = _best_drawn(row)
-    if drawn and row[drawn] >= max(best, direct):
-        named = _DRAWN[drawn] if prompt in BOXES else f"{_DRAWN[drawn]}, where one is given,"
-        said += f" But {named} has {row[drawn]:.3f} and needs no model."
+    if drawn := _better_drawn(row, prompt, given=True):
+        said += f" But {_DRAWN[drawn]} has {row[drawn]:.3f} and needs no model."
+    elif drawn := _better_drawn(row, prompt, given=False):
+        said += f" But {_DRAWN[drawn]}, where one is given, has {row[drawn]:.3f} and needs no model."
     if better := _more_than_found(row):
         said += f" Without any training {compared(row['tried'], better)}."
     return said
@@ -103,12 +108,16 @@ def _doubt(gain: float, spread: float | None) -> str:
     return f" The gain is smaller than the spread over seeds ({100 * spread:.1f} points): it may be luck."
 
 
-def _best_drawn(row: Row) -> str | None:
-    known = [k for k in _DRAWN if row[k] is not None]
-    return max(known, key=lambda k: row[k], default=None)
+def _better_drawn(row: Row, prompt: PromptKind, *, given: bool) -> str | None:
+    """The best drawing, if it is as good as the best found and as Direct; given: of what is made from labels of this
+    kind, or else of what is not.
+    """
+    known = [k for k in _DRAWN if row.get(k) is not None and drawable(DRAWN[k], prompt) == given]
+    best = max(known, key=lambda k: row[k], default=None)
+    return best if best and row[best] >= max(row["best"], row["direct"]) else None
 
 
-def _use(rows: Sequence[Row], prompt: str, champions: Mapping[str, int]) -> str:
+def _use(rows: Sequence[Row], prompt: PromptKind, champions: Mapping[str, int]) -> str:
     by: dict[Verdict, list[str]] = {}
     for row in rows:
         by.setdefault(verdict(row, prompt), []).append(row["domain"])
@@ -126,7 +135,7 @@ def _use(rows: Sequence[Row], prompt: str, champions: Mapping[str, int]) -> str:
                 f"For {row['domain']} another adapter, version {held}, is champion: that is what `best` writes."
             )
     if drawn := by.get("drawn"):
-        said.append(f"For {_and(drawn)} use no model at all: draw in the box what is named above.")
+        said.append(f"For {_and(drawn)} use no model at all: draw what is named above.")
     if plain := by.get("model"):
         said.append(f"For {_and(plain)} use the model as it is.")
     for row in rows:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -18,6 +18,7 @@ import yaml
 from tuning.space import Space, fixed, make_space, space_from_dict, space_to_dict
 from wesam.config import Config, Objective, PromptKind, Value, preset
 from wesam.data import Domain, load_domain, located
+from wesam.drawings import DRAWN
 from wesam.errors import InputError, at, one_of
 from wesam.methods import check_boxes, check_read, checked_method, get_method, method_preset
 from wesam.sam import find_model, model_names
@@ -34,11 +35,21 @@ WORDS = {"miou": "mIoU", "f1": "F1", "label_free": "label-free score"}
 COLUMNS = {
     "box_filled": "box filled",
     "ellipse": "ellipse in the box",
+    "nearest_click": "nearest click",
+    "polygon_filled": "polygon filled",
     "direct": "Direct",
     "paper": "paper's hyperparameters",
     "best": "best found",
     "supervised": "Supervised",
 }
+"""What a result has, as its tables call it."""
+
+
+def columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Those of :data:`COLUMNS` that the tables of a result have, whose rows these are: a drawing if it was made."""
+    made = {k for row in rows for k in DRAWN if row.get(k) is not None}
+    return {k: title for k, title in COLUMNS.items() if k in made or k not in DRAWN}
+
 
 DEMO: dict[str, Any] = {
     "name": "demo",

@@ -36,7 +36,7 @@ def drawings(found: Findings, plan: Plan) -> dict[str, str]:
     """All that can be drawn of a domain's search, by the name of its file, in the order in which it is shown."""
     trials, space, word = found.trials, plan.space, WORDS[found.row["val"]["score"]]
     drawn = {
-        "history.svg": by_trial(trials, found.direct, found.ellipse, found.word),
+        "history.svg": by_trial(trials, found.direct, found.drawn, found.word),
         "steps.svg": by_step(found.curves, found.row["best_trial"], word),
         "label-free.svg": against_label_free(found.pairs, found.trust),
         "pareto.svg": pareto(trials, [COST_METRICS[c] for c in plan.minimize], found.direct, found.word),
@@ -47,7 +47,7 @@ def drawings(found: Findings, plan: Plan) -> dict[str, str]:
     return {name: svg for name, svg in drawn.items() if svg}
 
 
-def by_trial(trials: Sequence[Trial], direct: float, ellipse: float | None, score: str) -> str:
+def by_trial(trials: Sequence[Trial], direct: float, drawn: tuple[str, float] | None, score: str) -> str:
     """Each trial's best score on val, the best so far, and what needs no search."""
     figure, axes = plt.subplots(figsize=(5.2, 3.2))
     numbers, scores = [t.number for t in trials], [t.best for t in trials]
@@ -59,8 +59,8 @@ def by_trial(trials: Sequence[Trial], direct: float, ellipse: float | None, scor
     paper = [t for t in trials if t.reference == "paper"]
     axes.scatter([t.number for t in paper], [t.best for t in paper], marker="s", color=RED, label="paper's")
     axes.axhline(direct, color="black", linestyle="--", linewidth=1, label="Direct")
-    if ellipse is not None:
-        axes.axhline(ellipse, color="grey", linestyle=":", linewidth=1, label="ellipse in the box")
+    if drawn:
+        axes.axhline(drawn[1], color="grey", linestyle=":", linewidth=1, label=drawn[0])
     axes.set(xlabel="trial", ylabel=f"best val {score}")
     axes.locator_params(axis="x", integer=True)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)

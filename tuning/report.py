@@ -16,7 +16,7 @@ from tuning.conclusion import PICTURE, RESULT
 from tuning.domain import past
 from tuning.findings import Findings, Trust, front, read
 from tuning.opening import opening
-from tuning.plan import COLUMNS, WORDS, Plan, checked_name
+from tuning.plan import WORDS, Plan, checked_name, columns
 from tuning.replay import Past, replay
 from tuning.sampler import BEST_OF, COST_METRICS
 from tuning.study import PLAN, find_study
@@ -24,9 +24,6 @@ from tuning.tracking import Tracker, Trial
 from wesam.errors import InputError
 
 PAGE, TABLE = "report.html", "report.md"
-
-HEAD = ["domain", "split", "score", *COLUMNS.values(), "gap closed"]
-"""Of the main table."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +86,15 @@ def write(found: Collected, out: Path) -> None:
         raise InputError(f"cannot write the report to {out}: {e.strerror}") from None
 
 
-def _cells(found: Collected) -> list[list[str]]:
-    """The main table: a line per domain and split."""
+def _table(found: Collected) -> tuple[list[str], list[list[str]]]:
+    """The main table: its head, and a line per domain and split."""
+    shown = columns(part.row for part in found.parts)
     rows = []
     for part in found.parts:
         for split, scores in (("test", part.row), ("val", part.row["val"])):
-            cells = [score(scores.get(k), scores.get(f"{k}_sd")) for k in COLUMNS]
+            cells = [score(scores.get(k), scores.get(f"{k}_sd")) for k in shown]
             rows.append([part.row["domain"], split, WORDS[scores["score"]], *cells, share(scores.get("gap_closed"))])
-    return rows
+    return ["domain", "split", "score", *shown.values(), "gap closed"], rows
 
 
 def share(part: float | None) -> str:
@@ -107,7 +105,8 @@ def share(part: float | None) -> str:
 def _markdown(found: Collected) -> str:
     begun = opening(found.result, found.champions)
     opened = [begun.searched, "\n".join(f"- {line}" for line in begun.found), begun.use]
-    lines = [" | ".join(r) for r in (HEAD, ["---"] * len(HEAD), *_cells(found))]
+    head, rows = _table(found)
+    lines = [" | ".join(r) for r in (head, ["---"] * len(head), *rows)]
     told = [f"- {p.row['domain']}: {p.row['outcome']}" for p in found.parts]
     told += [f"- {p.row['domain']}: {text}" for p in found.parts for text in _told(p, found.plan)]
     body = [*(f"| {line} |" for line in lines), "", _about(found), "", *told, ""]
@@ -136,7 +135,7 @@ def _page(found: Collected) -> str:
     body = [f"<h1>Study {escape(name)}</h1><p>{page.text(begun.searched)}</p>"]
     body += [f"<ul>{''.join(f'<li>{page.text(line)}</li>' for line in begun.found)}</ul>"]
     body += [f"<p><b>{page.text(begun.use)}</b></p>"] if begun.use else []
-    body.append(page.table(HEAD, _cells(found)))
+    body.append(page.table(*_table(found)))
     body += [f"<p><small>{escape(_about(found))}</small></p>", *(_domain(p, found.plan) for p in found.parts)]
     versions = ", ".join(f"{k.removeprefix('version.')} {v}" for k, v in sorted(found.tags.items()) if "version." in k)
     commit = found.tags.get("mlflow.source.git.commit", "unknown")

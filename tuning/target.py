@@ -12,10 +12,11 @@ from tuning import judge
 from tuning.budget import Budget
 from tuning.opening import Row, compared, worth
 from tuning.places import Places
-from tuning.plan import WORDS, Plan
+from tuning.plan import COLUMNS, WORDS, Plan
 from tuning.progress import Board
 from tuning.tracking import Data, Run, Tracker, environment
 from wesam import Scores, load_domain
+from wesam.drawings import DRAWN, drawable
 from wesam.sam import weights_digest
 
 
@@ -81,8 +82,9 @@ class Target:
             text = "left out of training, less than a pixel wide or high at the model's input size"
             self._c.board.say(f"{text}: {vanished} instances", self.name)
         score = self.direct.name(self._c.plan.objective)
-        ellipse = getattr(self.found.get("ellipse_val"), score, None)
-        drawn = f"ellipse in the box {ellipse:.3f}, " if ellipse is not None else ""
+        given = [k for k, kind in DRAWN.items() if drawable(kind, self._c.plan.base.scored_with)] or ["ellipse"]
+        value = getattr(self.found.get(f"{given[-1]}_val"), score, None)
+        drawn = f"{COLUMNS[given[-1]]} {value:.3f}, " if value is not None else ""
         self._c.board.say(f"{WORDS[score]} on val: {drawn}Direct {getattr(self.direct, score):.3f}", self.name)
         if (tried := self.tried()) and (better := worth(tried)):
             self._c.board.say(f"without any training {compared(tried, better)}", self.name)
@@ -104,7 +106,7 @@ class Target:
         metrics = self.before.data.metrics if self.before else {}
         if "direct_test_images" not in metrics:
             return {}
-        names = (*judge.DRAWN, "direct", "asked", *judge.ways(self._c.plan.base))
+        names = (*DRAWN, "direct", "asked", *judge.ways(self._c.plan.base))
         keys = [f"{k}_{s}" for k in names for s in ("val", "test") if f"{k}_{s}_images" in metrics]
         return {
             k: Scores(

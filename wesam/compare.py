@@ -15,7 +15,7 @@ from wesam.adapt import Best, Report, adapt, checked, keep_best
 from wesam.adapters import AdaptedSam
 from wesam.config import Config, PromptKind
 from wesam.data.domain import Domain
-from wesam.drawings import COLUMNS, drawable
+from wesam.drawings import DRAWN, drawable
 from wesam.evaluate import Scores, baseline, evaluate
 
 
@@ -108,7 +108,7 @@ def compare(
     for config in configs.values():
         checked(domain, config)
     row: dict[str, Any] = {
-        name: baseline(kind, test, prompt).objective for name, kind in COLUMNS.items() if drawable(kind, prompt)
+        name: baseline(kind, test, prompt).objective for name, kind in DRAWN.items() if drawable(kind, prompt)
     }
     row["direct"] = direct = evaluate(sam, test, prompt, crop=crop).objective
     watch("  ".join(f"{k} {v:.3f}" for k, v in row.items()))

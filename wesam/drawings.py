@@ -18,7 +18,7 @@ Drawing = Literal["box", "ellipse", "voronoi", "polygon"]
 the given polygon filled."""
 
 
-COLUMNS: dict[str, Drawing] = {
+DRAWN: dict[str, Drawing] = {
     "box_filled": "box", "ellipse": "ellipse", "nearest_click": "voronoi", "polygon_filled": "polygon",
 }  # fmt: skip
 """What a drawing's score is called beside others."""

@@ -56,6 +56,9 @@ def test_what_is_drawn_is_drawn_in_the_given_box_or_where_none_is_in_the_tight_o
     assert found["box_filled_test"] == baseline("box", images, box)
     assert found["ellipse_test"] == baseline("ellipse", images, box)
     assert baseline("box", images, "coarse-box") != baseline("box", images)
+    others = {"nearest_click_test": ("point", "voronoi"), "polygon_filled_test": ("coarse", "polygon")}
+    for name, (kind, drawing) in others.items():
+        assert found.get(name) == (baseline(drawing, images, kind) if kind == prompt else None)  # type: ignore[arg-type]
 
 
 def test_direct_is_tried_in_other_ways_of_asking(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

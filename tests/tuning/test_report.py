@@ -15,10 +15,11 @@ from tuning.conclusion import _finalists, _verdict, missing
 from tuning.confirm import FINALIST, SEED, SUPERVISED
 from tuning.findings import Findings, Trust, front
 from tuning.opening import Opening, opening
-from tuning.plan import Plan, make_plan
+from tuning.plan import Plan, columns, make_plan
 from tuning.report import _chosen, _front, _gap, _warmth
 from tuning.space import Axis
 from tuning.tracking import Trial
+from wesam.config import PromptKind
 
 
 def test_trust_in_the_label_free_score_by_hand() -> None:
@@ -124,7 +125,7 @@ def row(**changed: Any) -> dict[str, Any]:
     return {**known, **changed}
 
 
-def begun(*rows: dict[str, Any], prompt: str = "box", **champions: int) -> Opening:
+def begun(*rows: dict[str, Any], prompt: PromptKind = "box", **champions: int) -> Opening:
     result = {"model": "nano", "prompt": prompt, "trials": 8, "steps": 60, "seeds": 3, "domains": list(rows)}
     return opening(result, champions)
 
@@ -183,6 +184,29 @@ def test_where_no_box_is_given_none_can_be_drawn_in() -> None:
     told = begun(row(ellipse=0.7), prompt="point")
     assert "an ellipse drawn in the box, where one is given, has 0.700" in told.found[0]
     assert "Use the adapter" in told.use
+
+
+@pytest.mark.parametrize(
+    ("prompt", "drawn", "said"),
+    [("coarse", "polygon_filled", "the given polygon filled has 0.680"),
+     ("point", "nearest_click", "a click on the object than to one beside it has 0.680")],
+)  # fmt: skip
+def test_what_is_drawn_from_polygons_and_clicks_may_be_better_than_an_adapter(
+    prompt: PromptKind, drawn: str, said: str
+) -> None:
+    told = begun(row(**{drawn: 0.68, "ellipse": 0.7}), prompt=prompt)
+    assert f"{said} and needs no model." in told.found[0]
+    assert "use no model at all: draw what is named above" in told.use
+    assert "Use the adapter" in begun(row(**{drawn: 0.64}), prompt=prompt).use
+
+
+def test_tables_of_a_result_have_the_drawings_that_were_made() -> None:
+    assert list(columns([row()]))[:3] == ["box_filled", "ellipse", "direct"]
+    assert list(columns([row(), row(polygon_filled=0.7)]))[:3] == ["box_filled", "ellipse", "polygon_filled"]
+    coarse = {**row(), "val": {**row()["val"], "polygon_filled": 0.7}}
+    assert Findings(coarse, [], {}, []).drawn == ("polygon filled", 0.7)
+    unknown = row(box_filled=None, ellipse=None)
+    assert list(columns([unknown])) == ["direct", "paper", "best", "supervised"]
 
 
 def searched(tmp_path: Path, **settings: Any) -> tuple[Findings, Plan]:
