@@ -215,7 +215,7 @@ def command(tags: Mapping[str, str], adapter: str) -> str:
     """
     prompt = tags.get("prompt", "box")
     box = "--tight-box" if prompt == "tight-box" else "--box"
-    given = f"{box} X0,Y0,X1,Y1" if "box" in prompt or prompt == "grid" else "--point X,Y"
+    given = "--point X,Y" if prompt.startswith("point") else f"{box} X0,Y0,X1,Y1"
     return f"predict IMAGE {given} {asked_with(tags, adapter)} --out mask.png --overlay seen.png"
 
 

@@ -71,6 +71,7 @@ def test_what_a_card_tells_to_run_names_the_weights_and_is_told_where_it_works()
     assert "wesam predict IMAGE --box X0,Y0,X1,Y1 --adapter nuclei --model '/a b/mine.pth' --out" in told
     assert "wesam export --adapter nuclei --model '/a b/mine.pth' --peft" in told
     assert "no counterpart" in card(about(base="vit_t-0123", tags={**TAGS, "model": "/a/mine.pt"}))
+    assert "--box X0,Y0,X1,Y1" in card(about(tags={**TAGS, "prompt": "coarse"})), "predict takes no polygons"
     norms = card(about(config={"method": "tent", "train": "norms"}))
     assert "--peft" not in norms
     assert "`wesam export --merge`" in norms
