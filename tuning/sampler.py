@@ -89,6 +89,8 @@ def open_study(plan: Plan, domain: str, storage: RDBStorage, data: str = "") -> 
         **{k: v for k, v in plan.base.flat().items() if k not in plan.space and k not in NO_MATTER},
     }
     before = study.user_attrs.get("about")
+    if before is not None and "weights" not in before:  # of a version that knew them by the model's name
+        about["model"] = plan.model
     if before is None:
         study.set_user_attr("about", about)
         with warnings.catch_warnings():

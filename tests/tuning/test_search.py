@@ -259,6 +259,12 @@ def test_a_study_is_not_taken_for_one_of_its_name_that_mlflow_has_forgotten(tmp_
     write_weights(random_sam("nano"), own := tmp_path / "own.safetensors")
     with pytest.raises(InputError, match="exists with another weights"):
         open_study(replace(plan, model=str(own)), "medical", storage, "digest")
+    older = open_study(plan, "medical", storage, "digest")
+    about = {k: v for k, v in older.user_attrs["about"].items() if k != "weights"}
+    older.set_user_attr("about", {**about, "model": plan.model})
+    open_study(plan, "medical", storage, "digest")
+    with pytest.raises(InputError, match="exists with another model"):
+        open_study(replace(plan, model=str(own)), "medical", storage, "digest")
 
 
 @pytest.mark.parametrize(
