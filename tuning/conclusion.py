@@ -82,9 +82,8 @@ def _verdict(tracker: Tracker, parent: str, direct: float) -> Verdict:
     best = next((t for t in searched if t.number == number), None)
     again = [t for t in found[SEED] if best and t.of == best.number]
     score = statistics.mean(t.best for t in again or [best]) if best else direct
-    return Verdict(
-        searched, len(begun(tracker, parent)), best, final, again, score > direct + MARGIN, found[SUPERVISED]
-    )
+    count = len(begun(tracker.each("trial", parent=parent)))
+    return Verdict(searched, count, best, final, again, score > direct + MARGIN, found[SUPERVISED])
 
 
 def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:

@@ -100,9 +100,8 @@ class DomainSearch(threading.Thread):
         """Whether the study has not been enlarged since, and no trial can be gone on with; one that had to be begun
         again, or failed at once, has several runs.
         """
-        tracker, of = self._c.tracker, before.info.run_id
-        enough = len(begun(tracker, of)) >= self._c.plan.trials
-        return enough and not any(failed_midway(r) for r in tracker.each("trial", parent=of))
+        found = list(self._c.tracker.each("trial", parent=before.info.run_id))
+        return len(begun(found)) >= self._c.plan.trials and not any(failed_midway(r) for r in found)
 
     def _concluded(self, run: Run) -> list[Row]:
         """run: the parent of the trials."""

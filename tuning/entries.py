@@ -11,6 +11,7 @@ from typing import Any
 from tuning import gap
 from tuning.tables import FREE, ON_VAL, Column, Group, Plan, Row, columns, rows
 from wesam.data import Domain, load_domain
+from wesam.data.domain import told_shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +36,8 @@ Cells = Mapping[tuple[str, str, str], Sequence[Cell]]
 
 def check_disjoint(domains: Iterable[Domain]) -> list[str]:
     """A line for each domain of which an image is on val and on test, which would choose by what it judges."""
-    out = []
-    for domain in domains:
-        if both := domain.shared("val", "test"):
-            (one, other), count = both[0], len(both)
-            out.append(f"{domain.name}: val and test share {count} image{'s' if count > 1 else ''}, {one} is {other}")
-    return out
+    told = ((d.name, told_shared("val", "test", d.shared("val", "test"))) for d in domains)
+    return [f"{name}: {line}" for name, line in told if line]
 
 
 def check_cells(plan: Plan, wanted: Sequence[Group], cells: Cells) -> list[str]:

@@ -9,9 +9,8 @@ from typing import Any
 from scipy.stats import spearmanr
 
 from tuning import joint
-from tuning.plan import COLUMNS, WORDS
+from tuning.plan import WORDS, yardstick
 from tuning.tracking import Tracker, Trial, trials
-from wesam.drawings import DRAWN
 
 Curve = Sequence[tuple[int, float]]
 """(step, score on val)."""
@@ -60,9 +59,7 @@ class Findings:
     @property
     def drawn(self) -> tuple[str, float] | None:
         """What was drawn without a model, if it can be from the given labels, and the same of it; None for nothing."""
-        val = self.row["val"]
-        known = [k for k in DRAWN if val.get(k) is not None and not self.row["joint"]]
-        return (COLUMNS[known[-1]], val[known[-1]]) if known else None
+        return None if self.row["joint"] else yardstick(self.row["val"])
 
     @property
     def word(self) -> str:

@@ -51,6 +51,14 @@ def columns(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     return {k: title for k, title in COLUMNS.items() if k in made or k not in DRAWN}
 
 
+def yardstick(scores: Mapping[str, float | None]) -> tuple[str, float] | None:
+    """What was drawn without a model, from the given labels if it can be, as tables call it, and its score among these,
+    by the drawings' names; None if nothing was.
+    """
+    made = [(COLUMNS[k], value) for k in DRAWN if (value := scores.get(k)) is not None]
+    return made[-1] if made else None
+
+
 DEMO: dict[str, Any] = {
     "name": "demo",
     "domains": ["camouflaged", "medical", "corrupted"],

@@ -287,7 +287,7 @@ def _about(tracker: Tracker, domain: str, run_id: str, tags: Mapping[str, str]) 
     trials = 0
     if parent:
         scores = dict(tracker.run(parent).data.metrics)
-        trials = len(begun(tracker, parent))
+        trials = len(begun(tracker.each("trial", parent=parent)))
     scores |= {k: n for k, v in tags.items() if (n := _number(v)) is not None}
     base = json.loads(_adapter(tracker, run_id, place_of(ADAPTER, domain, tags.get("joint")))[CONFIG_FILE])[
         "base_model_name_or_path"

@@ -12,11 +12,11 @@ from tuning import judge
 from tuning.budget import Budget
 from tuning.opening import Row, compared, worth
 from tuning.places import Places
-from tuning.plan import COLUMNS, WORDS, Plan
+from tuning.plan import WORDS, Plan, yardstick
 from tuning.progress import Board
 from tuning.tracking import Data, Run, Tracker, environment
 from wesam import Scores, load_domain
-from wesam.drawings import DRAWN, drawable
+from wesam.drawings import DRAWN
 from wesam.sam import weights_digest
 
 
@@ -82,9 +82,8 @@ class Target:
             text = "left out of training, less than a pixel wide or high at the model's input size"
             self._c.board.say(f"{text}: {vanished} instances", self.name)
         score = self.direct.name(self._c.plan.objective)
-        given = [k for k, kind in DRAWN.items() if drawable(kind, self._c.plan.base.scored_with)] or ["ellipse"]
-        value = getattr(self.found.get(f"{given[-1]}_val"), score, None)
-        drawn = f"{COLUMNS[given[-1]]} {value:.3f}, " if value is not None else ""
+        made = yardstick({k: getattr(self.found.get(f"{k}_val"), score, None) for k in DRAWN})
+        drawn = f"{made[0]} {made[1]:.3f}, " if made else ""
         self._c.board.say(f"{WORDS[score]} on val: {drawn}Direct {getattr(self.direct, score):.3f}", self.name)
         if (tried := self.tried()) and (better := worth(tried)):
             self._c.board.say(f"without any training {compared(tried, better)}", self.name)

@@ -426,10 +426,11 @@ def trials(tracker: Tracker, domain_run: str, role: str | None = None) -> list[T
     return trials_by_role(tracker, domain_run)[role]
 
 
-def begun(tracker: Tracker, domain_run: str) -> set[str]:
-    """The numbers of the search's trials that have been begun, whatever became of them; one may have several runs."""
-    found = tracker.each("trial", parent=domain_run)
-    return {run.data.tags["wesam.trial"] for run in found if ROLE not in run.data.tags}
+def begun(runs: Iterable[Stored]) -> set[str]:
+    """Of a domain's runs, the numbers of the search's trials that have been begun, whatever became of them; one may
+    have several runs.
+    """
+    return {run.data.tags["wesam.trial"] for run in runs if ROLE not in run.data.tags}
 
 
 def trials_by_role(tracker: Tracker, domain_run: str) -> Mapping[str | None, list[Trial]]:

@@ -21,7 +21,7 @@ from wesam.adapters import WEIGHTS_FILE, AdaptedSam, made_for
 from wesam.anchor import Anchor
 from wesam.console import guarded, line, progress, spare_files, table, write_json
 from wesam.data import NOTES, PUBLISHED, SPLITS, Domain, Split, load_domain, located
-from wesam.data.domain import Unusable, pixels_digest
+from wesam.data.domain import Unusable, pixels_digest, told_shared
 from wesam.data.images import read_image
 from wesam.drawings import check_drawable
 from wesam.errors import InputError
@@ -150,10 +150,7 @@ def _told(name: str, split: Split, fatal: list[str], keys: dict[bytes, str]) -> 
 
 def _shared(one: str, other: str, keys: Mapping[str, Mapping[bytes, str]]) -> str:
     """What two splits have in common, in a line; nothing if that is no image."""
-    both = [(key, keys[other][digest]) for digest, key in keys[one].items() if digest in keys[other]]
-    if not both:
-        return ""
-    return f"{one} and {other} share {len(both)} image{'s' if len(both) > 1 else ''}, {both[0][0]} is {both[0][1]}"
+    return told_shared(one, other, [(k, keys[other][d]) for d, k in keys[one].items() if d in keys[other]])
 
 
 def _show(args: argparse.Namespace) -> None:

@@ -251,12 +251,14 @@ def spare_domain(out: Path, domain: str, root: str = "") -> None:
     """Raises InputError if a file to be written is there already and lies in the folder of a domain, given as
     :func:`located` has it; of one that is given by its listing, if it is that or a picture in its folder.
     """
+    if not out.exists():
+        return
     try:
         given = parse_cut(parted(located(domain, root))[0])[0]
     except InputError:  # there is no such domain, which is said where it is loaded
         return
     place = Path(given)
-    if given in NOTES or is_address(given) or not out.exists():
+    if given in NOTES or is_address(given):
         return
     if place.is_file():
         spare_files(out, place)

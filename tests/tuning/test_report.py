@@ -6,6 +6,7 @@ import random
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,8 +80,9 @@ def test_of_finalists_the_second_training_decides_too(monkeypatch: pytest.Monkey
         SEED: [role(1, 1, 0.69), role(1, 2, 0.72), role(2, 1, 0.695)], SUPERVISED: [trial(1, 0.75)],
     }  # fmt: skip
     monkeypatch.setattr("tuning.conclusion.trials_by_role", lambda tracker, run: found)
-    monkeypatch.setattr("tuning.conclusion.begun", lambda tracker, run: {"1", "2", "3", "4"})
-    verdict = _verdict(None, "", 0.6)  # type: ignore[arg-type]
+    monkeypatch.setattr("tuning.conclusion.begun", lambda runs: {"1", "2", "3", "4"})
+    tracker: Any = SimpleNamespace(each=lambda *given, **options: ())
+    verdict = _verdict(tracker, "", 0.6)
     assert verdict.begun == 4
     assert verdict.best == found[None][0]
     assert [t.best for t in verdict.again] == [0.69, 0.695]
@@ -88,7 +90,7 @@ def test_of_finalists_the_second_training_decides_too(monkeypatch: pytest.Monkey
     assert _finalists(verdict) == [
         {"trial": 2, "searched": 0.71, "again": 0.68}, {"trial": 1, "searched": 0.70, "again": 0.70}
     ]  # fmt: skip
-    assert not _verdict(None, "", 0.695).beaten, "Direct is as good as the repetitions"  # type: ignore[arg-type]
+    assert not _verdict(tracker, "", 0.695).beaten, "Direct is as good as the repetitions"
 
 
 def test_how_one_of_several_that_are_nearly_as_good_was_chosen_is_told() -> None:

@@ -186,6 +186,14 @@ class Domain:
         return 0 if config.crop or config.prompt == "grid" else self.split("train").small(side)
 
 
+def told_shared(one: str, other: str, both: Sequence[tuple[str, str]]) -> str:
+    """A line about images that two splits have in common, of which the keys are given; empty if there are none."""
+    if not both:
+        return ""
+    first, second = both[0]
+    return f"{one} and {other} share {len(both)} image{'s' if len(both) > 1 else ''}, {first} is {second}"
+
+
 def pixels_digest(sample: Sample) -> bytes:
     """A digest of the image's size and pixels, whatever its file."""
     return hashlib.blake2b(sample.image.contiguous().numpy().tobytes() + repr(sample.image.shape).encode()).digest()
