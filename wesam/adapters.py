@@ -12,9 +12,8 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import peft
 import torch
 from safetensors.torch import save_file
 from segment_anything.modeling import ImageEncoderViT, Sam
@@ -26,6 +25,9 @@ from wesam.errors import InputError, one_of
 from wesam.sam import model_names
 from wesam.sam.attention import checkpoint_blocks
 from wesam.sam.checkpoints import HEADER_BYTES, own_file, read_tensors, said_of
+
+if TYPE_CHECKING:  # it loads transformers, which takes seconds, and is imported where it is needed
+    import peft
 
 _BLOCK = r"image_encoder\.(stages\.\d+\.)?blocks\.\d+\."  # of SAM's ViT, and of TinyViT
 _TARGETS: dict[Targets, str] = {
@@ -88,7 +90,7 @@ class AdaptedSam:
     @property
     def size(self) -> int:
         """How many numbers are trained."""
-        keys = cast(peft.LoraConfig, self._peft.peft_config["default"]).target_modules == _TARGETS["qv"]
+        keys = cast("peft.LoraConfig", self._peft.peft_config["default"]).target_modules == _TARGETS["qv"]
         return sum(
             p.numel() - (p.numel() // 3 if keys and "lora_B" in n else 0)
             for n, p in self._peft.named_parameters()
@@ -134,6 +136,8 @@ class AdaptedSam:
         Raises InputError if it is none, or another SAM's: before any of its tensors is read for a file that holds
         anything but what such an adapter needs, or is a link that leads out of the folder.
         """
+        import peft
+
         with _reading(directory):
             base, lora, alpha = _said(directory)
             if base != _name(sam):
@@ -193,6 +197,8 @@ def _said(directory: Path) -> tuple[str, LoraConfig, float]:
 
     Raises InputError if it says anything that :meth:`AdaptedSam.save` does not.
     """
+    import peft
+
     path = own_file(directory / CONFIG_FILE)
     try:
         if path.stat().st_size > HEADER_BYTES:
@@ -258,6 +264,8 @@ def autocast(sam: Sam, compute: ComputeConfig) -> torch.autocast:
 
 
 def _state(model: peft.PeftModel) -> dict[str, Tensor]:
+    import peft
+
     return cast(dict[str, Tensor], peft.get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
@@ -266,6 +274,8 @@ def _name(sam: Sam) -> str:
 
 
 def _peft_config(sam: Sam, lora: LoraConfig) -> peft.LoraConfig:
+    import peft
+
     if lora.targets == "qv" and not isinstance(sam.image_encoder, ImageEncoderViT):
         raise InputError(f"lora.targets qv: {_name(sam)} mixes queries, keys and values; use qkv")
     return peft.LoraConfig(
@@ -278,13 +288,15 @@ def _peft_config(sam: Sam, lora: LoraConfig) -> peft.LoraConfig:
 
 def _wrap(sam: Sam, config: peft.LoraConfig, train: Train, seed: int) -> peft.PeftModel:
     """A copy of the SAM's modules that shares all its weights but those that are trained, with fresh LoRA matrices."""
+    import peft
+
     own = {id(p) for p in _own(sam, train).values()}
     shared = {id(t): t for t in (*sam.parameters(), *sam.buffers()) if id(t) not in own}
     body = copy.deepcopy(sam, shared)
     copies = list(_own(body, train).values())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = cast(peft.PeftModel, peft.get_peft_model(body, config))
+        model = cast("peft.PeftModel", peft.get_peft_model(body, config))
     for name, p in model.named_parameters():
         if "lora_" not in name:
             continue

@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import peft
 from safetensors.torch import load_file, save_file
 from segment_anything.modeling import ImageEncoderViT, Sam
 
@@ -69,6 +68,8 @@ def export_peft(sam: Sam, adapter: Path, out: Path, *, base: bool = False) -> st
     adapter that does not fit, for models that transformers does not have, and for a folder that cannot be written or
     holds an adapter as wesam itself has it.
     """
+    import peft
+
     if is_adapter(out):
         raise InputError(f"{out} holds an adapter of wesam's, which would be overwritten: give another folder")
     if (train := AdaptedSam.load(sam, adapter).train) != "lora":
