@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ import ray.train
 import torch
 from ray import tune
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.tune.integration.ray_train import TuneReportCallback
 from segment_anything.modeling import Sam
 
@@ -190,6 +192,9 @@ def _give_back() -> None:
 def several_workers(trial: Result) -> None:
     """A Tune function trainable that only watches over a TorchTrainer, which has the workers."""
     setting, _ = Setting.of(trial)
+    # or Ray Train's cleaner asks the Ray that was started last on this machine, and each trial's end waits for that
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
     report: Any = TuneReportCallback()  # type: ignore[no-untyped-call]
     trainer = TorchTrainer(
         _worker,

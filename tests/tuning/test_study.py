@@ -24,9 +24,10 @@ import pytest
 import ray
 import requests
 from pycocotools import mask as rle
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.tune.execution import class_cache
 
-from tuning import confirm, registry, report, runtime, tracking
+from tuning import confirm, registry, report, runtime, tracking, trainer
 from tuning.cli import main, summary
 from tuning.confirm import FINALIST, finalists, repeated, winner
 from tuning.domain import DomainSearch
@@ -276,6 +277,21 @@ def _enlarged_and_begun_with(small: Path, tmp_path: Path, tracker: Tracker) -> N
     found = tracking.trials(tracker, new_study(plan, tracker)["domains"][0]["run_id"])
     assert [t.label for t in found] == ["paper's hyperparameters", "model's defaults", "best of s/small"]
     assert {p: found[2].config[p] for p in plan.space} == {p: str(v) for p, v in plan.nearest(config).items()}
+
+
+@on_ray
+def test_of_several_rays_on_a_machine_a_trial_s_workers_know_their_own(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "another:1")
+    told: dict[str, str] = {}
+    fits = SimpleNamespace(fit=lambda: told.update(get_env_vars_to_propagate()))
+    monkeypatch.setattr(trainer, "TorchTrainer", lambda *given, **named: fits)
+    monkeypatch.setattr(trainer, "TuneReportCallback", ray.train.UserCallback)
+    plan = make(small, tmp_path, workers=2)
+    setting = trainer.Setting(plan=plan, direct={}, resources={"CPU": 1})
+    trainer.several_workers({**setting.space(), "config": plan.base.flat()})
+    assert told["RAY_ADDRESS"] == ray.get_runtime_context().gcs_address
 
 
 @pytest.mark.slow
