@@ -8,6 +8,7 @@ import pytest
 from segment_anything.modeling import Sam
 
 from wesam.compare import compare
+from wesam.config import Config
 from wesam.data import load_domain
 from wesam.evaluate import baseline, evaluate
 from wesam.methods import method_preset
@@ -44,22 +45,25 @@ def test_the_shift_of_each_domain_costs_the_unadapted_model_eight_points(sam: Sa
     assert max(shifted) <= clean - 0.08
 
 
-@pytest.mark.parametrize("domain", ["corrupted", "cluttered"])
-def test_weak_labels_win_points_and_masks_more(sam: Sam, domain: str) -> None:
+def test_weak_labels_win_points_and_masks_more(sam: Sam) -> None:
     """``wesam compare --seeds 3`` tells it of all domains."""
-    found = compare(sam, load_domain(domain), {m: method_preset("nano", m) for m in ("wesam", "supervised")}, [0])
+    found = compare(sam, load_domain("corrupted"), {m: start(m) for m in ("wesam", "supervised")}, [0])
     assert found["wesam"] >= found["direct"] + 0.03
     assert found["supervised"] >= found["direct"] + 0.06
 
 
 def test_weak_labels_win_more_than_the_spread_over_seeds(sam: Sam) -> None:
     """Where they win least."""
-    found = compare(sam, load_domain("camouflaged"), {"wesam": method_preset("nano", "wesam")}, range(3))
+    found = compare(sam, load_domain("camouflaged"), {"wesam": start("wesam")}, range(3))
     assert found["wesam"] - found["direct"] > found["wesam_sd"], found
 
 
 def test_weak_labels_win_more_if_they_are_a_loss_too(sam: Sam) -> None:
-    start = method_preset("nano", "wesam").replace({"prompt": "point"})
-    plus = method_preset("nano", "wesam+").replace({"prompt": "point"})
-    found = compare(sam, load_domain("camouflaged"), {"wesam": start, "wesam+": plus}, [0])
+    methods = {m: start(m).replace({"prompt": "point"}) for m in ("wesam", "wesam+")}
+    found = compare(sam, load_domain("camouflaged"), methods, [0])
     assert found["wesam+"] >= found["wesam"] + 0.04, found
+
+
+def start(method: str) -> Config:
+    """The method's defaults, which are the last of six checkpoints more often than not: three are enough here."""
+    return method_preset("nano", method).replace({"eval_every": 20})
