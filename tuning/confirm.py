@@ -13,7 +13,8 @@ from wesam.config import Value
 Proposal = dict[str, Any]
 """A trial as plain data: ``number``; ``label``, what it is; ``config``, every hyperparameter by path; ``point``, where
 it lies in the space, None for one that the space does not hold; ``optuna``, its number in the Optuna study;
-``reference`` for one of :data:`tuning.plan.REFERENCES`; and for one that goes on, ``run``, its run in MLflow,
+``reference`` for one of :data:`tuning.plan.REFERENCES`; ``idle``, until when, in seconds since the epoch, there was
+nothing to begin; and for one that goes on, ``run``, its run in MLflow,
 ``resume``, the path of its checkpoint, and ``state``, what the listener knew of it. One that is none of the search's
 own has a ``role``, FINALIST, SEED or SUPERVISED, its seed as number, and, as ``of``, the trial whose configuration it
 has.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,8 @@ class Search(Searcher):
         """Trials of which Optuna has the result, but MLflow nothing: its driver was killed. They are run again."""
         self._confirmation = confirmation
         self._trials: dict[str, Running] = {}
+        self._idle = 0.0
+        """When there was last nothing to begin."""
         self._live: dict[str, Proposal] = {}
         """The trials that have not ended and on which it depends what is run after them."""
 
@@ -59,11 +62,11 @@ class Search(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """The next trial's proposal; None while that depends on other trials; or that there is none."""
-        if not self._place.take(trial_id):
-            return None
-        found = self._suggest(trial_id)
-        if not isinstance(found, dict):
-            self._place.leave(trial_id)
+        found = self._suggest(trial_id) if self._place.take(trial_id) else None
+        if isinstance(found, dict):
+            return {**found, "idle": self._idle}
+        self._place.leave(trial_id)
+        self._idle = time.time()
         return found
 
     def _suggest(self, trial_id: str) -> Any:

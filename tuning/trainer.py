@@ -43,7 +43,7 @@ Send = Callable[[Result, Progress, Mapping[str, Report]], None]
 """Takes a result, and of what a checkpoint goes with it: how far it is, and each domain's report."""
 
 _idle_since: float | None = None
-"""When this process's last trial had its last result; None before the first."""
+"""When this process's last trial had its last result, in seconds since the epoch; None before the first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,12 +171,12 @@ def one_worker(trial: Result) -> None:
     global _idle_since
     setting, config = Setting.of(trial)
     _give_back()
-    gap = {} if _idle_since is None else {"gap": time.monotonic() - _idle_since}
+    gap = {} if _idle_since is None else {"gap": max(0.0, time.time() - max(_idle_since, trial.get("idle", 0.0)))}
 
     def send(result: Result, progress: Progress, reports: Mapping[str, Report]) -> None:
         global _idle_since
         with written(progress, reports, setting.plan) as checkpoint:
-            _idle_since = time.monotonic()  # Tune may end the trial here
+            _idle_since = time.time()  # Tune may end the trial here
             tune.report({**result, **gap}, checkpoint=tune.Checkpoint(checkpoint.path))
         gap.clear()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -656,10 +657,13 @@ def test_a_search_that_is_concluded_gets_the_next_place_that_falls_free() -> Non
 def test_a_search_waits_while_others_have_begun_no_trial(tmp_path: Path) -> None:
     places = Places(2, ["camouflaged", "medical"])
     search, _, _ = begin(make(tmp_path), place=places.of("camouflaged"))
-    assert search.suggest("a")["number"] == 1
+    first, before = search.suggest("a"), time.time()
+    assert (first["number"], first["idle"]) == (1, 0)
     assert search.suggest("b") is None
     places.of("medical").begun()
-    assert search.suggest("b")["number"] == 2
+    second = search.suggest("b")
+    assert second["number"] == 2
+    assert before <= second["idle"] <= time.time(), "the wait for the other search is none for this study's actors"
     search.on_trial_complete("a", result(0.5, 8))
     search.on_trial_complete("a", result(0.5, 8))
     assert len(places._taken["camouflaged"]) == 1
