@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from shlex import quote
 
 from tuning.plan import WORDS
+from wesam.drawings import DRAWINGS, DRAWN
 from wesam.sam import model_names
 
 REFERENCES = {
-    "box_filled": "box filled",
-    "ellipse": "ellipse in the box",
-    "nearest_click": "what is nearer to a click on the object than to one beside it",
-    "polygon_filled": "polygon filled",
+    **{name: DRAWINGS[kind] for name, kind in DRAWN.items()},
     "direct": "Direct: the model without an adapter",
     "paper": "the paper's hyperparameters",
     "": "**this adapter**",

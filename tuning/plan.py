@@ -18,7 +18,7 @@ import yaml
 from tuning.space import Space, fixed, make_space, space_from_dict, space_to_dict
 from wesam.config import Config, Objective, PromptKind, Value, preset
 from wesam.data import Domain, load_domain, located
-from wesam.drawings import DRAWN
+from wesam.drawings import DRAWINGS, DRAWN
 from wesam.errors import InputError, at, one_of
 from wesam.methods import check_boxes, check_read, checked_method, get_method, method_preset
 from wesam.sam import find_model, model_names
@@ -33,10 +33,7 @@ WORDS = {"miou": "mIoU", "f1": "F1", "label_free": "label-free score"}
 """What a score is called."""
 
 COLUMNS = {
-    "box_filled": "box filled",
-    "ellipse": "ellipse in the box",
-    "nearest_click": "nearest click",
-    "polygon_filled": "polygon filled",
+    **{name: DRAWINGS[kind] for name, kind in DRAWN.items()},
     "direct": "Direct",
     "paper": "paper's hyperparameters",
     "best": "best found",

@@ -12,17 +12,12 @@ from tuning.space import Space, make_space
 from wesam.adapt import checked
 from wesam.config import Config, PromptKind, Value
 from wesam.data import Domain, load_domain, located
-from wesam.drawings import Drawing, drawable
+from wesam.drawings import DRAWINGS, Drawing, drawable
 from wesam.errors import InputError, one_of
 from wesam.methods import METHODS, check_read, get_method, method_preset
 from wesam.sam import find_model, model_names
 
 Kind = Literal["methods", "losses", "cross", "modules", "long"]
-
-DRAWINGS: dict[Drawing, str] = {
-    "box": "box filled", "ellipse": "ellipse in the box", "voronoi": "nearest click", "polygon": "polygon filled",
-}  # fmt: skip
-"""The rows that need no model."""
 
 TITLES = {
     "tent": "TENT", "shot": "SHOT", "soft-teacher": "Soft Teacher", "tribe": "TRIBE", "dept": "DePT", "wdass": "WDASS",

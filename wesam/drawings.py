@@ -17,6 +17,10 @@ Drawing = Literal["box", "ellipse", "voronoi", "polygon"]
 """The given box filled; the ellipse inscribed in it; all that is nearer to a click on the object than to one beside it;
 the given polygon filled."""
 
+DRAWINGS: dict[Drawing, str] = {
+    "box": "box filled", "ellipse": "ellipse in the box", "voronoi": "nearest click", "polygon": "polygon filled",
+}  # fmt: skip
+"""Their titles."""
 
 DRAWN: dict[str, Drawing] = {
     "box_filled": "box", "ellipse": "ellipse", "nearest_click": "voronoi", "polygon_filled": "polygon",
