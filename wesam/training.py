@@ -29,6 +29,9 @@ from wesam.sam import REGISTRY, load_sam, random_sam
 RECORD = "adaptation.json"
 """Beside an adapter when its adaptation is over: what it was made with, and its scores at each step."""
 
+ABOUT = ("README.md", "config.json")
+"""What others write about an adapter beside it: its card, and its hyperparameters."""
+
 
 def run_adapt(args: argparse.Namespace) -> None:
     """Adapts a model to a domain and keeps the adapter that is best on val."""
@@ -199,11 +202,16 @@ def _start(args: argparse.Namespace) -> Config:
 def _ready(folder: Path, *, overwrite: bool) -> None:
     """Makes the folder for an adapter; raises InputError if it cannot be written, or holds what would be overwritten.
 
-    overwrite: what is there may go. Its record goes at once, as it would tell of another adapter from the first step.
+    overwrite: what is there may go. Its record goes at once, as it would tell of another adapter from the first step;
+    so would what others have written about it, such as a model card, which is not ours to remove.
     """
     kept = [name for name in (CONFIG_FILE, WEIGHTS_FILE, RECORD) if (folder / name).exists()]
     if kept and not overwrite:
         raise InputError(f"{folder} holds an adapter ({kept[0]}): give another --out, or --overwrite to replace it")
+    if kept and (told := [name for name in ABOUT if (folder / name).exists()]):
+        raise InputError(
+            f"{folder} holds {told[0]}, which would tell of another adapter: give another --out, or remove it"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (probe := folder / ".probe").touch()

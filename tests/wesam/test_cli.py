@@ -103,6 +103,12 @@ def test_an_adapter_is_overwritten_only_when_told_to(
     assert main([*command, "--overwrite"]) == 0
     assert (out / "adaptation.json").is_file()
 
+    (out / "README.md").write_text("its card")
+    before = {f.name: f.read_bytes() for f in out.iterdir()}
+    assert main([*command, "--overwrite"]) == 2
+    assert f"error: {out} holds README.md, which would tell of another adapter" in capsys.readouterr().err
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == before
+
 
 def test_the_model_is_the_one_that_the_adapter_is_for(coco_folder: Path, tmp_path: Path) -> None:
     sam = build_nano(Shape(side=64, width=24, depth=2, heads=2, whole=(1,), channels=16)).eval()
