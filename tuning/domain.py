@@ -224,7 +224,8 @@ def _tuner(
         param_space=setting.space(),
         tune_config=tune.TuneConfig(
             search_alg=search, scheduler=scheduler, num_samples=count, max_concurrent_trials=side_by_side,
-            reuse_actors=True, trial_dirname_creator=lambda trial: f"trial-{trial.trial_id}",
+            reuse_actors=alone,  # one of several workers that is stopped stays in its TorchTrainer, and so does its actor
+            trial_dirname_creator=lambda trial: f"trial-{trial.trial_id}",
         ),
         run_config=tune.RunConfig(
             name=name, storage_path=f"{plan.storage}/{plan.name}/trials", verbose=0, callbacks=[listener],

@@ -27,7 +27,7 @@ from pycocotools import mask as rle
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.tune.execution import class_cache
 
-from tuning import confirm, registry, report, runtime, tracking, trainer
+from tuning import confirm, domain, registry, report, runtime, tracking, trainer
 from tuning.cli import main, summary
 from tuning.confirm import FINALIST, finalists, repeated, winner
 from tuning.domain import DomainSearch
@@ -277,6 +277,18 @@ def _enlarged_and_begun_with(small: Path, tmp_path: Path, tracker: Tracker) -> N
     found = tracking.trials(tracker, new_study(plan, tracker)["domains"][0]["run_id"])
     assert [t.label for t in found] == ["paper's hyperparameters", "model's defaults", "best of s/small"]
     assert {p: found[2].config[p] for p in plan.space} == {p: str(v) for p, v in plan.nearest(config).items()}
+
+
+@pytest.mark.parametrize(("workers", "reused"), [(1, True), (2, False)])
+def test_an_actor_goes_on_to_the_next_trial_unless_it_waits_for_workers(
+    workers: int, reused: bool, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial of several workers that is stopped is still in its TorchTrainer: Tune would lose the one after it."""
+    monkeypatch.setattr(domain.tune, "Tuner", lambda *given, **named: named)
+    setting = trainer.Setting(plan=make(small, tmp_path, workers=workers), direct={}, resources={"CPU": 1})
+    nothing: Any = None
+    made: Any = domain._tuner(setting, "d", 1, 1, nothing, nothing, nothing)
+    assert made["tune_config"].reuse_actors == reused
 
 
 @on_ray
