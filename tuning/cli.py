@@ -232,7 +232,7 @@ def summary(result: dict[str, Any]) -> str:
 
 def _best(args: argparse.Namespace) -> None:
     from tuning import registry
-    from tuning.card import asked_with, command
+    from tuning.card import asked_with, command, judged_by
 
     if args.domain is None and args.out:
         raise InputError("--out needs a DOMAIN: python -m tuning best DOMAIN --out DIR")
@@ -259,6 +259,7 @@ def _best(args: argparse.Namespace) -> None:
         print(f"adapter, {registry.SETTINGS}{card}, in {args.out}{before}; go on with:")
         data = f"--domain {quote(t['domain'])} --prompt {t.get('val_prompt', t['prompt'])} --split test"
         few = f" --instances {most}" if (most := t.get("test_instances", "0")) != "0" else ""
+        few += " --label-free" if judged_by(t) == "label_free" else ""
         print(f"  {program('wesam')} evaluate {data}{few} {asked_with(t, str(args.out))}")
         print(f"  {program('wesam')} {command(t, str(args.out))}")
 

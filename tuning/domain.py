@@ -224,7 +224,7 @@ def _tuner(
         param_space=setting.space(),
         tune_config=tune.TuneConfig(
             search_alg=search, scheduler=scheduler, num_samples=count, max_concurrent_trials=side_by_side,
-            reuse_actors=alone,  # one of several workers that is stopped stays in its TorchTrainer, and so does its actor
+            reuse_actors=alone,  # one of several that is stopped stays in its TorchTrainer, and so does its actor
             trial_dirname_creator=lambda trial: f"trial-{trial.trial_id}",
         ),
         run_config=tune.RunConfig(

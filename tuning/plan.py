@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -308,6 +309,8 @@ def check(settings: Mapping[str, Any]) -> None:
             right = isinstance(value, (int, float) if kind is float else kind)
             if not right or isinstance(value, bool):
                 raise InputError(f"{key} must be {_TYPES[kind]}, got {value!r}")
+            if kind in (int, float) and not abs(value) <= sys.float_info.max and value != math.inf:
+                raise InputError(f"{key} must be finite, got {str(value)[:20]}")
 
 
 _TYPES = {
@@ -356,7 +359,7 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
         domains = tuple(located(str(d), s.get("data", "")) for d in s.get("domains", ()))
         loaded = load_domains(domains)
     for domain in loaded:
-        domain.check(changed)
+        domain.check(changed, tested=True)
         with at("objective"):
             if s.get("objective") in ("miou", "f1") and not domain.split("val")[0].has_masks:
                 raise InputError(
@@ -397,15 +400,18 @@ def _check_numbers(settings: Mapping[str, Any], base: Config, space: Space) -> N
                 raise InputError(f"{key} must be above 0, got {settings[key]}")
     with at("gpus_per_worker"):
         share = settings.get("gpus_per_worker", 1)
-        if share > 1 and share != int(share):
+        if share > 1 and not float(share).is_integer():
             raise InputError(f"gpus_per_worker must be a share of one GPU or a whole number of them, got {share}")
         if share < 1 and settings.get("workers", 1) > 1:
             raise InputError(f"workers of one trial need a GPU each: gpus_per_worker must be at least 1, got {share}")
     with at("workers"):
         workers, axis = settings.get("workers", 1), space.get("optim.batch_size")
-        size = base.optim.batch_size if axis is None else min(axis.choices or axis.bounds)
-        if size < workers:
-            raise InputError(f"{workers} workers share {size} images a step: raise optim.batch_size")
+        sizes = {"set" if axis else "": float(base.optim.batch_size)}  # which the references have
+        sizes |= {"space": min(map(float, axis.choices or axis.bounds))} if axis else {}
+        for where, size in sizes.items():
+            if size < workers:
+                said = f" in {where}" if where else ""
+                raise InputError(f"{workers} workers share {size:g} images a step: raise optim.batch_size{said}")
 
 
 def _check_method(base: Config, space: Space) -> None:

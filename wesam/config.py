@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -210,6 +211,8 @@ class Config(_Checked):
         for path, value in changes.items():
             if path not in known:
                 raise unknown("hyperparameter", path, known)
+            if isinstance(value, int) and abs(value) > sys.float_info.max:
+                raise InputError(f"in the configuration: {path} must be finite, got {str(value)[:20]}")
             section, _, name = path.rpartition(".")
             if section:
                 tops.setdefault(section, {})[name] = value

@@ -59,14 +59,22 @@ def guarded(run: Callable[[], int | None]) -> int:
         return 130
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as e:
+        if e.filename is None:
+            raise
+        print(f"error: cannot read or write {str(e.filename)[:200]}: {e.strerror}", file=sys.stderr)
+        return 2
     return code
 
 
 def json_file(text: str) -> Path:
     """What ``--json`` is given: a file in a folder that is there, or a result would be lost after hours."""
     path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder, or in one that is not there")
+    try:
+        if path.is_dir() or not path.parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is a folder, or in one that is not there")
+    except OSError as e:
+        raise argparse.ArgumentTypeError(f"cannot write {text[:200]}: {e.strerror}") from None
     return path
 
 

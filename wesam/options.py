@@ -249,7 +249,8 @@ def spare(args: argparse.Namespace) -> None:
 
 def spare_domain(out: Path, domain: str, root: str = "") -> None:
     """Raises InputError if a file to be written is there already and lies in the folder of a domain, given as
-    :func:`located` has it; of one that is given by its listing, if it is that or a picture in its folder.
+    :func:`located` has it, or in one that this links to; of a domain that is given by its listing, if it is that or a
+    picture in its folder.
     """
     if not out.exists():
         return
@@ -257,6 +258,7 @@ def spare_domain(out: Path, domain: str, root: str = "") -> None:
         given = parse_cut(parted(located(domain, root))[0])[0]
     except InputError:  # there is no such domain, which is said where it is loaded
         return
+    given = given.removeprefix("file://")
     place = Path(given)
     if given in NOTES or is_address(given):
         return
@@ -265,7 +267,8 @@ def spare_domain(out: Path, domain: str, root: str = "") -> None:
         place = place.parent.parent if place.parent.name == "annotations" else place.parent
         if out.suffix.lower() not in PICTURES:
             return
-    if out.resolve().is_relative_to(place.resolve()):
+    links = [p for p in place.iterdir() if p.is_symlink()] if place.is_dir() else []
+    if any(out.resolve().is_relative_to(p.resolve()) for p in (place, *links)):
         raise InputError(f"{out} lies in the folder of {domain}, and would be overwritten: give another file")
 
 

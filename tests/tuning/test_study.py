@@ -366,7 +366,9 @@ def test_when_nothing_beats_direct_nothing_is_registered(small: Path, tmp_path: 
 
 
 @on_ray
-def test_a_study_where_only_boxes_are_known(small: Path, tmp_path: Path, tracker: Tracker) -> None:
+def test_a_study_where_only_boxes_are_known(
+    small: Path, tmp_path: Path, tracker: Tracker, capsys: pytest.CaptureFixture[str]
+) -> None:
     boxes = tmp_path / "boxes"
     shutil.copytree(small, boxes)
     for split in ("train", "val", "test"):
@@ -393,6 +395,8 @@ def test_a_study_where_only_boxes_are_known(small: Path, tmp_path: Path, tracker
     assert row["val"]["best"] > row["val"]["direct"]
     entry, _ = registry.fetch(tracker, "boxes", tmp_path / "adapter")
     assert float(entry.tags["test_label_free"]) == pytest.approx(row["best"], abs=1e-4)
+    assert main(["best", "boxes", "--tracking-uri", tracker.uri, "--out", str(tmp_path / "got")]) == 0
+    assert f"--split test --label-free --adapter {tmp_path}/got" in capsys.readouterr().out
     assert main(["best", "--tracking-uri", tracker.uri, "--json", str(tmp_path / "best.json")]) == 0
     (listed,) = json.loads((tmp_path / "best.json").read_text())
     assert (listed["score"], listed["test"]) == ("label_free", pytest.approx(row["best"], abs=1e-4))

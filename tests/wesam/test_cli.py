@@ -416,6 +416,37 @@ def test_nothing_of_a_domain_is_overwritten(
     assert {f: f.read_bytes() for f in coco_folder.rglob("*") if f.is_file()} == before
 
 
+@pytest.mark.parametrize("form", ["{}", "file://{}"])
+def test_nothing_that_a_domain_links_to_is_overwritten(
+    form: str, coco_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (coco_folder / "images").rename(tmp_path / "store")
+    (coco_folder / "images").symlink_to(tmp_path / "store")
+    before = {f: f.read_bytes() for f in (tmp_path / "store").iterdir()}
+    for out in (coco_folder / "images/train-0.png", tmp_path / "store/train-0.png"):
+        assert main(["show", form.format(coco_folder), "--out", str(out)]) == 2
+        assert "would be overwritten: give another file" in capsys.readouterr().err
+    assert {f: f.read_bytes() for f in (tmp_path / "store").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["check {long}", "evaluate --domain {d} --adapter {long}/a", "evaluate --domain {d} --model {long}.pth",
+     "show {d} --out {long}", "check {d} --json {long}"],
+)  # fmt: skip
+def test_a_path_that_cannot_be_looked_at_is_one_line(
+    arguments: str, coco_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(arguments.format(d=coco_folder, long="x" * 300).split())
+    except SystemExit as e:
+        code = e.code  # type: ignore[assignment]
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "File name too long" in error
+    assert error.count("\n") == 1
+
+
 def test_new_files_may_be_written_into_a_domain(coco_folder: Path) -> None:
     assert main(["check", str(coco_folder), "--json", str(coco_folder / "report.json")]) == 0
     assert main(["show", str(coco_folder), "--images", "1", "--out", str(coco_folder / "sheet.png")]) == 0

@@ -18,7 +18,7 @@ from PIL import Image
 
 from wesam.cli import main
 from wesam.config import Config
-from wesam.data import SPLITS, Domain, load_domain, located
+from wesam.data import SPLITS, Domain, Split, load_domain, located
 from wesam.data.files import Folder
 from wesam.data.folders import Cut, parse_cut
 from wesam.data.published import PUBLISHED
@@ -370,6 +370,14 @@ def test_a_listing_is_named_from_where_it_lies(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path / "cells/annotations")
     assert load_domain(located(Path(name).name)).name == "cells"
 
+    archive = shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "cells")
+    with pytest.raises(InputError, match="several COCO listings: name one of") as e:
+        load_domain(f"zip://::{archive}")
+    given = next(word.rstrip(",") for word in str(e.value).split() if name in word)
+    assert given == f"zip://{name}::{archive}"
+    monkeypatch.setenv("WESAM_HOME", str(tmp_path / "home"))
+    assert len(load_domain(located(given)).split("train")) == 1
+
 
 def test_missing_images_are_one_line(tmp_path: Path) -> None:
     listings(tmp_path, "annotations/instances_{}.json", "images/{}")
@@ -607,6 +615,12 @@ def test_boxes_without_keypoints_are_boxes(tmp_path: Path) -> None:
     domain.check(Config(prompt="box"))
     with pytest.raises(InputError, match=r"3 of 7 images of .* have boxes without keypoints: --prompt box"):
         domain.check(Config(prompt="point"))
+    (clicked, *_) = [s for part in SPLITS for s in domain.split(part) if "point" in s.labels]
+    fine = Split(3, lambda i: clicked)
+    mixed = replace(domain, splits={"train": fine, "val": fine, "test": Split(3, lambda i: clicked, unclicked=2)})
+    mixed.check(Config(prompt="point"))
+    with pytest.raises(InputError, match=r"2 of 3 images of .*, test, have boxes without keypoints"):
+        mixed.check(Config(prompt="point"), tested=True)
 
 
 def test_a_domain_may_lie_anywhere_fsspec_reaches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -686,3 +700,8 @@ def test_the_cache_of_distant_files_stays_below_its_limit(tmp_path: Path, monkey
     with pytest.raises(InputError, match="WESAM_CACHE_GB must be a number above 0"):
         folder.local("0.bin")
     system.rm("/far", recursive=True)
+
+
+def test_a_name_that_cannot_be_looked_for_is_not_there(tmp_path: Path) -> None:
+    assert not Folder(str(tmp_path)).has("x" * 300)
+    assert "x" * 300 not in Folder(str(tmp_path))

@@ -168,9 +168,12 @@ class Domain:
         mine = {pixels_digest(s): s.key for s in self.split(one)}
         return [(mine[found], s.key) for s in self.split(other) if (found := pixels_digest(s)) in mine]
 
-    def check(self, config: Config) -> None:
-        """Raises InputError if it lacks the labels that this configuration trains on or is scored with."""
+    def check(self, config: Config, *, tested: bool = False) -> None:
+        """Raises InputError if it lacks the labels that this configuration trains on or is scored with; tested: on
+        test, too.
+        """
         used: dict[str, PromptKind] = {"train": config.prompt, "val": config.scored_with}
+        used |= {"test": config.scored_with} if tested else {}
         for name, kind in used.items():
             split = self.split(name)
             if kind == "point" and 0 < split.unclicked < len(split):
@@ -178,7 +181,7 @@ class Domain:
                     f"{split.unclicked} of {len(split)} images of {self.name}, {name}, have boxes without keypoints: "
                     "--prompt box, or leave those annotations away"
                 )
-            if name == "val" or kind != "grid":
+            if name != "train" or kind != "grid":
                 split[0].weak_labels(kind)
 
     def vanished(self, config: Config, side: int) -> int:

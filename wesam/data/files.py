@@ -54,7 +54,10 @@ class Folder:
 
     def has(self, name: str) -> bool:
         """Whether there is a file or a folder of this name."""
-        return name in self.folders or name in self.sizes if self._here is None else (self._here / name).exists()
+        try:
+            return name in self.folders or name in self.sizes if self._here is None else (self._here / name).exists()
+        except OSError:  # it lies in a folder that nobody may look into
+            return False
 
     def path(self, name: str) -> str:
         """How a message calls this file; what an address is chained to stays behind the name."""

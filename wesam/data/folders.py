@@ -78,7 +78,7 @@ def read_folder(place: str) -> Domain:
     the layouts.
     """
     place, cut = parse_cut(place)
-    if place.endswith(".json"):
+    if place.partition("::")[0].endswith(".json"):
         return _one_listing(*_rooted(place), cut)
     folder = Folder(place)
     splits = _listings(folder)
@@ -121,9 +121,10 @@ def _uncut(cut: Cut | None, found: Domain, place: str) -> Domain:
 
 def _rooted(file: str) -> tuple[Folder, str]:
     """The folder that a listing is of, and its name there: one in ``annotations/`` is of the folder above that."""
+    file, chain, rest = file.partition("::")
     parts = file.split("/")
     name = "/".join(parts[-2:] if parts[-2:-1] == ["annotations"] else parts[-1:])
-    return Folder(file.removesuffix(name) or "."), name
+    return Folder(file.removesuffix(name) + chain + rest or "."), name
 
 
 def _listings(folder: Folder) -> dict[str, tuple[str, Sequence[str]]]:
