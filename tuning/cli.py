@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -12,7 +12,7 @@ from typing import Any
 
 from tuning import DEFAULT_URI, URI_VARIABLE, table_cli
 from tuning.plan import BUDGET, DEMO, KEYS, Lines, check, columns, in_file, make_plan, read_study, shown
-from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, guarded, json_file, program, table, write_json
+from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, guarded, json_file, program, spare_files, table, write_json
 from wesam.errors import InputError, at
 from wesam.options import spare_domain
 from wesam.sam import model_names
@@ -99,7 +99,7 @@ def _parser() -> Parser:
         help="fix a hyperparameter, as in lora.rank=8",
     )  # fmt: skip
     p.add_argument("--storage", metavar="URL", help="folder or URL for checkpoints, reached by all workers")
-    p.add_argument("--optuna", metavar="URL", help="database with the Optuna studies (default: a file in runs/NAME)")
+    p.add_argument("--optuna", metavar="URL", help="database with the Optuna studies (default: a file in STORAGE/NAME)")
     p.add_argument(
         "--optuna-study", metavar="NAME", help="their name before the domain's; studies may share one (default: NAME)"
     )
@@ -143,8 +143,7 @@ def _run(args: argparse.Namespace) -> None:
     with in_file(args.study, lines):
         check(settings | given)
         plan = make_plan(settings | given, args.set)
-    for domain in plan.domains if args.json else ():
-        spare_domain(args.json, domain)
+    _spare(args, plan.domains)
     chosen = args.name or (args.study and "name" in settings)
     begin_with = (settings | given).get("from")
 
@@ -159,7 +158,21 @@ def _run(args: argparse.Namespace) -> None:
 
 def _resume(args: argparse.Namespace) -> None:
     budget = {k: getattr(args, k) for k in BUDGET if getattr(args, k) is not None}
-    _study(args, lambda study, tracker: study.resume_study(args.name, tracker, budget, args.optuna or ""))
+
+    def run(study: Any, tracker: Any) -> dict[str, Any]:
+        _spare(args, study.begun_study(args.name, tracker)[1].domains)
+        found: dict[str, Any] = study.resume_study(args.name, tracker, budget, args.optuna or "")
+        return found
+
+    _study(args, run)
+
+
+def _spare(args: argparse.Namespace, domains: Iterable[str]) -> None:
+    """Raises InputError if the result would be written over the study's file, or over a file of its domains."""
+    if args.json and getattr(args, "study", None):
+        spare_files(args.json, args.study)
+    for domain in domains if args.json else ():
+        spare_domain(args.json, domain)
 
 
 def _study(args: argparse.Namespace, run: Callable[[Any, Any], dict[str, Any]]) -> None:

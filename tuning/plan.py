@@ -104,8 +104,11 @@ METHOD = "wesam+"
 SHARED = (
     "prompt", "val_prompt", "crop", "seed", "steps", "eval_every", "val_instances", "test_instances", "max_instances",
     "optim.batch_size", "grid.points_per_side", "grid.predicted_iou", "grid.stability",
+    "compute.precision", "compute.checkpointing", "compute.compile",
 )  # fmt: skip
-"""Fields of Config that are not a method's own: its data and its budget, the same for all that are compared."""
+"""Fields of Config that are not a method's own: its data, its budget and how its steps are computed, the same for all
+that are compared.
+"""
 
 
 def shared(config: Config) -> dict[str, Value]:
@@ -162,7 +165,7 @@ class Plan:
     def config(self, reference: str | None, point: Mapping[str, Value]) -> Config:
         """The configuration of a trial: that of a reference, or the base changed at a point of the space.
 
-        The reference ``paper`` shares nothing with the study but its budget: steps, batch, evaluations, seed.
+        The reference ``paper`` has of the study only what is in :data:`SHARED`: steps, batch, evaluations, seed, ...
         """
         if reference == "paper":
             return preset("paper").replace(shared(self.base))

@@ -75,16 +75,22 @@ def resume_study(
     budget: what to change of :data:`tuning.plan.BUDGET`. optuna: the URL of its Optuna studies, which is needed if it
     has a password: MLflow is not told that.
     """
-    stored = find_study(name, tracker)
-    before = _plan(tracker, stored)
-    if before is None:
-        raise InputError(f"the study {name!r} was ended before it had begun: start it with python -m tuning run")
+    stored, before = begun_study(name, tracker)
     plan = replace(before, **(budget or {}), optuna=optuna or before.optuna)
     if differs := plan.differs(before):
         raise InputError(f"the study {name!r} has another {differs}: {shown(before.optuna) or 'a file in runs'}")
     if HIDDEN in plan.optuna:
         raise InputError(f"the Optuna studies of {name!r} are at {plan.optuna}: give --optuna URL with its password")
     return _go_on(plan, before, tracker, stored)
+
+
+def begun_study(name: str, tracker: Tracker) -> tuple[Stored, Plan]:
+    """The run and the plan of a study; raises InputError if there is none."""
+    stored = find_study(name, tracker)
+    plan = _plan(tracker, stored)
+    if plan is None:
+        raise InputError(f"the study {name!r} was ended before it had begun: start it with python -m tuning run")
+    return stored, plan
 
 
 def _go_on(plan: Plan, before: Plan, tracker: Tracker, stored: Stored) -> dict[str, Any]:

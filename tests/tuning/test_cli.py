@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tuning import registry
 from tuning.cli import main, summary
 from tuning.plan import make_plan
 from tuning.study import PLAN
@@ -80,6 +81,23 @@ def test_a_result_does_not_replace_what_is_searched(
     assert main(["run", "--domains", str(small), "--storage", str(tmp_path), "--json", str(small / "train.json")]) == 2
     assert "would be overwritten: give another file" in capsys.readouterr().err
     assert (small / "train.json").read_bytes() == before
+
+    (file := tmp_path / "s.yaml").write_text(f"name: s\ndomains: [{small}]\nstorage: {tmp_path}")
+    assert main(["run", str(file), "--json", str(file)]) == 2
+    assert "s.yaml is read, and would be overwritten" in capsys.readouterr().err
+
+
+def test_the_result_of_a_study_that_goes_on_does_not_replace_what_is_searched(
+    small: Path, tmp_path: Path, uri: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = make_plan({"name": "s", "domains": [str(small)], "storage": str(tmp_path)}, [])
+    with registry.opened(uri) as tracker:
+        run = tracker.start("s", "study", None, {})
+        run.attach(lambda: {PLAN: plan.to_json().encode()})
+        run.close("KILLED")
+        tracker.flush()
+    assert main(["resume", "s", "--tracking-uri", uri, "--json", str(small / "train.json")]) == 2
+    assert "train.json lies in the folder of" in capsys.readouterr().err
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:

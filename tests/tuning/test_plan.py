@@ -127,6 +127,12 @@ def test_what_is_given_a_value_is_not_searched() -> None:
     assert (flat["lora.rank"], flat["views.strength"], flat["optim.lr"]) == (8, 0.5, 1e-3)
 
 
+def test_steps_of_the_references_are_computed_as_the_studys_own() -> None:
+    made = plan(["compute.precision=bf16", "compute.checkpointing=true"])
+    assert made.config("paper", {}).compute == made.supervised().compute == made.base.compute
+    assert made.base.compute.checkpointing
+
+
 def test_the_papers_trial_takes_only_the_budget_from_the_study() -> None:
     made = plan(["lora.rank=8", "optim.batch_size=2"], steps=7, seed=5)
     paper = made.config("paper", {})
