@@ -291,6 +291,7 @@ def test_an_actor_goes_on_to_the_next_trial_unless_it_waits_for_workers(
     assert made["tune_config"].reuse_actors == reused
 
 
+@pytest.mark.filterwarnings("ignore:`get_trial_id`")
 @on_ray
 def test_of_several_rays_on_a_machine_a_trial_s_workers_know_their_own(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
