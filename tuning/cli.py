@@ -160,7 +160,8 @@ def _resume(args: argparse.Namespace) -> None:
     budget = {k: getattr(args, k) for k in BUDGET if getattr(args, k) is not None}
 
     def run(study: Any, tracker: Any) -> dict[str, Any]:
-        _spare(args, study.begun_study(args.name, tracker)[1].domains)
+        if args.json:
+            _spare(args, study.begun_study(args.name, tracker)[1].domains)
         found: dict[str, Any] = study.resume_study(args.name, tracker, budget, args.optuna or "")
         return found
 

@@ -25,7 +25,7 @@ from tuning.plan import WORD, WORDS, checked_name, shown
 from tuning.scratch import scratch
 from tuning.tracking import PARENT, Tracker, begun, sqlite_file
 from wesam import AdaptedSam, load_sam
-from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE, made_for
+from wesam.adapters import ABOUT, CONFIG_FILE, WEIGHTS_FILE, made_for
 from wesam.errors import InputError, unknown
 from wesam.sam.checkpoints import home
 
@@ -36,7 +36,7 @@ ADAPTER, MODEL = "adapter", "model"
 CODE = Path(__file__).with_name("model.py")
 """What MLflow runs of a registered version; not imported here, since all of MLflow comes with it."""
 
-CARD, SETTINGS = "README.md", "config.json"
+CARD, SETTINGS = ABOUT
 """Fetched beside an adapter: its card, and its hyperparameters as ``wesam adapt --config`` reads them."""
 
 COMPARED = ("data", "prompt", "val_prompt", "weights", "crop", "test_instances", "labels")

@@ -41,6 +41,8 @@ _TARGETS: dict[Targets, str] = {
 _UNUSED = LoraConfig(rank=1, targets="qkv")
 """The matrices of an adapter that trains none: they stay zero, and so it is loaded and merged as any other."""
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+ABOUT = ("README.md", "config.json")
+"""What a registry writes about an adapter beside it: its card, and its hyperparameters."""
 
 
 class AdaptedSam:

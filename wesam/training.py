@@ -14,7 +14,7 @@ import torch
 from segment_anything.modeling import Sam
 
 from wesam.adapt import Report, adapt, checked, keep_best
-from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE
+from wesam.adapters import ABOUT, CONFIG_FILE, WEIGHTS_FILE
 from wesam.bench import bench_step
 from wesam.compare import compare, cross
 from wesam.config import Config, preset, read_config
@@ -28,9 +28,6 @@ from wesam.sam import REGISTRY, load_sam, random_sam
 
 RECORD = "adaptation.json"
 """Beside an adapter when its adaptation is over: what it was made with, and its scores at each step."""
-
-ABOUT = ("README.md", "config.json")
-"""What others write about an adapter beside it: its card, and its hyperparameters."""
 
 
 def run_adapt(args: argparse.Namespace) -> None:
