@@ -17,6 +17,9 @@ from wesam.errors import InputError, at
 from wesam.options import spare_domain
 from wesam.sam import model_names
 
+LOCAL = "http://127.0.0.1:5000"
+"""Where ``mlflow ui`` answers."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns its exit code."""
@@ -180,6 +183,7 @@ def _study(args: argparse.Namespace, run: Callable[[Any, Any], dict[str, Any]]) 
     """Runs or resumes, writes the report, and says what to do next."""
     print("starting Ray and MLflow ...", flush=True)
     from tuning import report, runtime, study
+    from tuning.tracking import trials_page
 
     tracker, unwritten = _tracker(args), ""
     try:
@@ -202,7 +206,9 @@ def _study(args: argparse.Namespace, run: Callable[[Any, Any], dict[str, Any]]) 
     found = next((r["domain"] for r in result["domains"] if r.get("version")), None)
     print("go on with:")
     served = uri.startswith("http")
-    print(f"  open {uri}" if served else f"  {program('mlflow')} ui --backend-store-uri {uri}")
+    if not served:
+        print(f"  {program('mlflow')} ui --backend-store-uri {uri}")
+    print(f"  open {trials_page(uri if served else LOCAL, result['experiment_id'])}")
     if found:
         print(f"  {program('python')} -m tuning best {found} --out {found}-adapter{option}")
     failed = [r for r in result["domains"] if "error" in r]

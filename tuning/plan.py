@@ -236,7 +236,7 @@ class Plan:
 
 def shown(text: str) -> str:
     """An address, or a text with addresses in it, without their passwords."""
-    without = re.sub(r"(://[^:/@\s]*):[^@\s]*@", rf"\1:{HIDDEN}@", text)
+    without = re.sub(r"(://[^:/@\s]*):(?!\d{1,5}/)[^@\s]*@", rf"\1:{HIDDEN}@", text)  # digits, then /: a port
     return re.sub(r"([?&]password=)[^&\s]*", rf"\1{HIDDEN}", without)
 
 

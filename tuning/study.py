@@ -24,7 +24,7 @@ from tuning.plan import BUDGET, HIDDEN, Plan, load_domains, shown
 from tuning.progress import Board
 from tuning.sampler import open_storage, open_study
 from tuning.target import Context, study_tags
-from tuning.tracking import ROLE, Tracker
+from tuning.tracking import ROLE, Tracker, trials_page
 from wesam.config import Config, Value
 from wesam.errors import InputError, unknown
 from wesam.sam import weights_digest
@@ -178,6 +178,8 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
         f"study {plan.name!r}: {count}, {plan.trials} trials{per} of {plan.base.steps} steps, "
         f"model {plan.model}, {plan.base.prompt} prompts, {slots} trials at once"
     )
+    if tracker.uri.startswith("http"):
+        board.say(f"MLflow has its trials, the best first: {trials_page(tracker.uri, run.info.experiment_id)}")
     for domain in domains:
         if domain.left_out:
             board.say(f"{domain.name}: {len(domain.left_out)} wrong annotations are left out: wesam check lists them")
@@ -214,7 +216,8 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
     rows = [row for s in searches for row in s.rows]
     gaps = [t.gap for s in searches for t in s.trials if t.gap is not None]
     result = {
-        "study": plan.name, "run_id": run.id, "tracking_uri": tracker.uri, "model": plan.model,
+        "study": plan.name, "run_id": run.id, "tracking_uri": tracker.uri, "experiment_id": run.info.experiment_id,
+        "model": plan.model,
         "prompt": plan.base.prompt, "trials": plan.trials, "steps": plan.base.steps, "workers": plan.workers,
         "seed": plan.base.seed, "seeds": plan.seeds, "seconds": round(3600 * budget.hours(), 1),
         "gpu_hours": round(budget.gpu_hours(), 4),

@@ -480,6 +480,16 @@ def _commit() -> str:
     return ""
 
 
+def trials_page(server: str, experiment: str) -> str:
+    """The address of MLflow's page of an experiment's trials, the best first.
+
+    Without more said, MLflow opens an experiment as one of language models, whose page is empty, and folds trials into
+    their study. server: where MLflow answers. experiment: its id.
+    """
+    order = "workflowType=machine_learning&orderByKey=metrics.%60best_score%60&orderByAsc=false"
+    return f"{server.rstrip('/')}/#/experiments/{experiment}/runs?{order}"
+
+
 def sqlite_file(uri: str) -> Path | None:
     """The database file that a tracking URI names, if it names one."""
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute() if uri.startswith("sqlite:///") else None

@@ -12,7 +12,7 @@ from urllib.parse import quote
 import pytest
 
 from tests.tuning.conftest import served
-from tuning.tracking import Tracker
+from tuning.tracking import Tracker, trials_page
 from wesam import Config
 
 BROWSER = shutil.which("chromium") or ""
@@ -69,8 +69,8 @@ def test_the_trials_of_a_study_are_listed_and_compared(tracker: Tracker, tmp_pat
         rows = list(zip(texts, texts[1:], texts[2:], strict=False))
         assert ("lora.rank", *(str(RANKS[c]) for c in columns)) in rows
 
-        by_score = "orderByKey=metrics.%60val_miou%60&orderByAsc=false"  # by date, trials are folded into their study
         wanted = {"nuclei-box", "nuclei", *RANKS}
-        texts = shown(f"{address}/#/experiments/{experiment}/runs?{by_score}", wanted, tmp_path / "profile")
+        texts = shown(trials_page(address, experiment), wanted, tmp_path / "profile")
         assert [t for t in texts if t in RANKS] == ["nuclei 2", "nuclei 1"], "the best first"
+        assert "Training runs" not in texts, "the page of experiments with language models"
         assert wanted <= set(texts)

@@ -281,6 +281,7 @@ def test_a_password_is_not_told() -> None:
     assert shown("postgresql://me:sec/ret@host/db") == "postgresql://me:***@host/db"
     assert shown("postgresql://host/db?user=me&password=secret&x=1") == "postgresql://host/db?user=me&password=***&x=1"
     assert shown("sqlite:////home/me/optuna.db") == "sqlite:////home/me/optuna.db"
+    assert shown("http://host:8000/cells@70/10/20") == "http://host:8000/cells@70/10/20"
     with pytest.raises(InputError) as e:
         open_storage("mysql+nonsense://me:secret@host/x")
     assert "secret" not in str(e.value)

@@ -109,6 +109,7 @@ def test_ctrl_c_keeps_what_is_there_and_leaves_no_process_and_the_study_can_go_o
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     finished = [r for r in tracker.find("trial") if r.info.status == "FINISHED"]
+    assert tracking.trials_page("http://127.0.0.1:5000", finished[0].info.experiment_id) in done.stdout
     searched = [r for r in finished if ROLE not in r.data.tags]
     assert sorted(int(r.data.tags["wesam.trial"]) for r in searched) == [1, 2, 3, 4]
     roles = [r.data.tags[ROLE] for r in finished if ROLE in r.data.tags]
