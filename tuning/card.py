@@ -199,8 +199,10 @@ def _own(scores: Mapping[str, float], seeds: int) -> str:
 
 
 def _gap(scores: Mapping[str, float]) -> str:
-    if "gap_closed" not in scores and any(name.startswith("supervised_test_") for name in scores):
-        return "Supervised is not above Direct by more than its spread: there is no gap to close."
+    supervised = [name for name in scores if name.startswith("supervised_test_")]
+    if "gap_closed" not in scores and supervised:
+        more = " by more than its spread" if any(name.endswith("_sd") for name in supervised) else ""
+        return f"Supervised is not above Direct{more}: there is no gap to close."
     if "gap_closed" not in scores:
         return "The share of the gap between Direct and Supervised is not known."
     return f"It closes {100 * scores['gap_closed']:.0f} % of the gap between Direct and Supervised."

@@ -202,12 +202,12 @@ def _study(args: argparse.Namespace, run: Callable[[Any, Any], dict[str, Any]]) 
     print()
     print(unwritten or f"report: {out / report.PAGE}")
     uri = tracker.uri
-    option = "" if uri == DEFAULT_URI else f" --tracking-uri {uri}"
+    option = "" if uri == DEFAULT_URI else f" --tracking-uri {quote(uri)}"
     found = next((r["domain"] for r in result["domains"] if r.get("version")), None)
     print("go on with:")
     served = uri.startswith("http")
     if not served:
-        print(f"  {program('mlflow')} ui --backend-store-uri {uri}")
+        print(f"  {program('mlflow')} ui --backend-store-uri {quote(uri)}")
     print(f"  open {trials_page(uri if served else LOCAL, result['experiment_id'])}")
     if found:
         print(f"  {program('python')} -m tuning best {found} --out {found}-adapter{option}")

@@ -32,6 +32,8 @@ class Verdict:
     searched: list[Trial]
     begun: int
     """The number of trials that were begun, whatever became of them."""
+    hours: float
+    """GPU hours of all runs, those too that have failed or confirm the search."""
     best: Trial | None
     """The trial with the best score, as :func:`tuning.confirm.winner` has it, if that is above Direct's."""
     finalists: list[Trial]
@@ -83,7 +85,8 @@ def _verdict(tracker: Tracker, parent: str, direct: float) -> Verdict:
     again = [t for t in found[SEED] if best and t.of == best.number]
     score = statistics.mean(t.best for t in again or [best]) if best else direct
     count = len(begun(tracker.each("trial", parent=parent)))
-    return Verdict(searched, count, best, final, again, score > direct + MARGIN, found[SUPERVISED])
+    hours = sum(r.data.metrics.get("gpu_hours", 0.0) for r in tracker.each("trial", parent=parent))
+    return Verdict(searched, count, hours, best, final, again, score > direct + MARGIN, found[SUPERVISED])
 
 
 def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
@@ -127,9 +130,9 @@ def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:
         "finalists": _finalists(verdict),
         "best_trial": best.number if chosen and best else None, "best_run": chosen.run_id if chosen else None,
         "config": best.config if chosen and best else None,
-        "cost": _cost(verdict.searched, verdict.finalists + verdict.again + verdict.supervised),
+        "cost": _cost(verdict),
     }  # fmt: skip
-    target.run.attach(lambda: {PICTURE: picture, **_drawings(c, row)})
+    target.run.attach(lambda: {PICTURE: picture, **_drawings(c, row, verdict.searched)})
     for split, part in (("test", row), ("val", row["val"])):
         target.run.log({f"{k}_{split}_{part['score']}": part[k] for k in LOGGED if part.get(k) is not None})
     lost = missing(plan.trials, verdict.begun, verdict.searched)
@@ -164,9 +167,9 @@ def missing(wanted: int, count: int, found: Sequence[Trial]) -> str:
     return said + (f"; {count - len(found)} of {wanted} trials failed" if count > len(found) else "")
 
 
-def _drawings(c: Context, row: Row) -> dict[str, bytes]:
+def _drawings(c: Context, row: Row, searched: list[Trial]) -> dict[str, bytes]:
     """What the report draws of the search, and the table of its trials, for MLflow's pages."""
-    found = read(c.tracker, row)
+    found = read(c.tracker, row, searched)
     shown = page.document("trials", page.trials(found, c.plan.space))
     return {name: text.encode() for name, text in {**plots.drawings(found, c.plan), TRIALS: shown}.items()}
 
@@ -195,10 +198,10 @@ def _finalists(verdict: Verdict) -> list[Row]:
     return [{"trial": n, "searched": scores[n], "again": s} for n, s in repeated(verdict.finalists).items()]
 
 
-def _cost(searched: Sequence[Trial], others: Sequence[Trial]) -> Row:
-    hours = sum(t.metrics.get("gpu_hours", 0.0) for t in (*searched, *others))
-    full = sum(int(t.config["steps"]) for t in searched)
-    return {"gpu_hours": hours, "steps": sum(t.step for t in searched), "full_steps": full}
+def _cost(verdict: Verdict) -> Row:
+    taken = sum(t.step for t in verdict.searched)
+    full = sum(int(t.config["steps"]) for t in verdict.searched)
+    return {"gpu_hours": verdict.hours, "steps": taken, "full_steps": full}
 
 
 def _as_tags(row: Row, score: str) -> dict[str, str]:

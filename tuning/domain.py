@@ -17,7 +17,7 @@ from tuning.confirm import DIRECT, FINALIST, SEED, SUPERVISED, Confirmation, Pro
 from tuning.listener import CHECKPOINT, Listener, read_state
 from tuning.plan import REFERENCES, WORDS, Plan, shown
 from tuning.replay import Past, tell
-from tuning.sampler import catch_up, ended, enqueue
+from tuning.sampler import catch_up, ended, enqueue, named
 from tuning.schedulers import Stopping, make_scheduler
 from tuning.search import Search
 from tuning.target import Context, Target
@@ -100,8 +100,9 @@ class DomainSearch(threading.Thread):
         """Whether the study has not been enlarged since, and no trial can be gone on with; one that had to be begun
         again, or failed at once, has several runs.
         """
-        found = list(self._c.tracker.each("trial", parent=before.info.run_id))
-        return len(begun(found)) >= self._c.plan.trials and not any(failed_midway(r) for r in found)
+        found, more = list(self._c.tracker.each("trial", parent=before.info.run_id)), not self._c.budget.over()
+        going_on = any(failed_midway(r) or (more and cut(r)) for r in found)
+        return len(begun(found)) >= self._c.plan.trials and not going_on
 
     def _concluded(self, run: Run) -> list[Row]:
         """run: the parent of the trials."""
@@ -137,8 +138,9 @@ class DomainSearch(threading.Thread):
         start = joint.score(plan, direct, direct)
         before = trials_by_role(c.tracker, run.id)
         done = before[None]
-        unfinished = [] if self._before is None else _unfinished(c.tracker, run.id, plan)
+        unfinished = [] if self._before is None else _unfinished(c.tracker, run.id, plan, more=not c.budget.over())
         going_on = [p for p in unfinished if "role" not in p]
+        done = [t for t in done if t.number not in {p["number"] for p in going_on}]
         taken = {t.number for t in done} | {p["number"] for p in going_on}
         left = [n for n in range(1, plan.trials + 1) if n not in taken]
         again = [(role, t.number, t.of) for role in (FINALIST, SEED, SUPERVISED) for t in before[role]]
@@ -152,12 +154,10 @@ class DomainSearch(threading.Thread):
         for t in done:
             c.board.scores(self.name, best=t.best, paper=t.best if t.reference == "paper" else None)
         if count:
-            held = {r for r in REFERENCES if plan.point(r) is not None}
-            seen = {t.reference for t in done} | {p.get("reference") for p in going_on}
-            seen |= {t.user_attrs.get("reference") for t in ended(self._study, plan).values()}
-            missing = [r for r in REFERENCES if r not in seen]
+            known = [*map(vars, done), *going_on, *(t.user_attrs for t in ended(self._study, plan).values())]
+            seen = {name for about in known for name in named(about)}
             catch_up(self._study, plan, done, going_on)
-            enqueue(self._study, plan, [r for r in missing if r in held])
+            enqueue(self._study, plan, seen)
             scheduler = make_scheduler(plan, c.budget, start)
             tell(scheduler, [past(c.tracker, t) for t in done])
             resources = runtime.worker_resources(plan.gpus_per_worker)
@@ -166,7 +166,7 @@ class DomainSearch(threading.Thread):
                 plan, c.tracker, c.board, run, self._tags, direct, max((t.best for t in done), default=start),
                 scheduler.stopped, c.budget, c.stop, self._place,
             )  # fmt: skip
-            outside = [r for r in missing if r not in held]
+            outside = [r for r in REFERENCES if r not in seen and plan.point(r) is None]
             search = Search(
                 plan, self._study, left, outside, unfinished, confirmation, c.budget, scheduler.stopped, self._place
             )  # fmt: skip
@@ -188,18 +188,27 @@ def past(tracker: Tracker, trial: Trial) -> Past:
 def failed_midway(trial: Stored) -> bool:
     """Whether what ended it was none of its own doing, as a full disk is not, and it can be gone on with."""
     tags = trial.data.tags
-    return trial.info.status == "FAILED" and CHECKPOINT in tags and "ended" not in tags
+    return trial.info.status == "FAILED" and CHECKPOINT in tags and tags.get("ended", "budget") == "budget"
 
 
-def _unfinished(tracker: Tracker, domain_run: str, plan: Plan) -> list[Proposal]:
-    """The trials that were interrupted or failed after a checkpoint, to go on with.
+def cut(trial: Stored) -> bool:
+    """Whether it ended with the budget, and can be gone on with when there is more of that."""
+    return (
+        trial.info.status == "FINISHED" and CHECKPOINT in trial.data.tags and trial.data.tags.get("ended") == "budget"
+    )
 
-    What was interrupted before it had one is closed as failed.
+
+def _unfinished(tracker: Tracker, domain_run: str, plan: Plan, *, more: bool = False) -> list[Proposal]:
+    """The trials that were interrupted or failed after a checkpoint, to go on with; more: whether there is budget for
+    those too that it has cut.
+
+    What was interrupted before it had a checkpoint is closed as failed.
     """
     found: list[tuple[bool, int, Proposal]] = []
     for stored in tracker.each("trial", parent=domain_run):
         tags = stored.data.tags
-        if stored.info.status in ("FAILED", "FINISHED") and not failed_midway(stored):
+        over = stored.info.status in ("FAILED", "FINISHED")
+        if over and not failed_midway(stored) and not (more and cut(stored)):
             continue
         if CHECKPOINT not in tags:
             tracker.reopen(stored).close("FAILED")
@@ -228,7 +237,7 @@ def _tuner(
             trial_dirname_creator=lambda trial: f"trial-{trial.trial_id}",
         ),
         run_config=tune.RunConfig(
-            name=name, storage_path=f"{plan.storage}/{plan.name}/trials", verbose=0, callbacks=[listener],
+            name=name, storage_path=plan.place("trials"), verbose=0, callbacks=[listener],
             # no checkpoint_config, the listener removes old checkpoints: with one Tune saves all trials at each result
             failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
         ),

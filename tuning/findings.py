@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 
 from tuning import joint
 from tuning.plan import WORDS, yardstick
-from tuning.tracking import Tracker, Trial, trials
+from tuning.tracking import Tracker, Trial
 
 Curve = Sequence[tuple[int, float]]
 """(step, score on val)."""
@@ -31,12 +31,12 @@ class Trust:
     @classmethod
     def of(cls, direct: Pair, trials: Sequence[Sequence[Pair]]) -> Trust | None:
         """From those of Direct and of each trial's evaluations; None for fewer than three trials."""
-        chosen = [max(t) for t in trials if t]
+        chosen = [max(t, key=lambda e: e[0]) for t in trials if t]  # of those that tie the first, as a study chooses
         everything = [direct, *(e for t in trials for e in t)]
         if len(chosen) < 3 or len({s for s, _ in chosen}) < 2 or len({m for _, m in chosen}) < 2:
             return None
         spearman = float(spearmanr([s for s, _ in chosen], [m for _, m in chosen]).statistic)
-        return cls(spearman, max(m for _, m in everything) - max(everything)[1])
+        return cls(spearman, max(m for _, m in everything) - max(everything, key=lambda e: e[0])[1])
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,8 @@ class Findings:
         return Trust.of(self.pairs[0][0], [p[1:] for p in self.pairs]) if known else None
 
 
-def read(tracker: Tracker, row: dict[str, Any]) -> Findings:
-    """The search that a row of the result is about."""
-    found = trials(tracker, row["trials_of"])
+def read(tracker: Tracker, row: dict[str, Any], found: list[Trial]) -> Findings:
+    """The search that a row of the result is about; found: its trials."""
 
     def curve(trial: Trial, called: str) -> Curve:
         name = joint.metric(f"val_{called}", row["domain"]) if row["joint"] else f"val_{called}"

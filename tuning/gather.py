@@ -54,7 +54,8 @@ def collect(plan: Plan, tracker: Tracker, *, compute: bool = True, cpus: int = 1
         names = {r.data.tags["wesam.name"] for r in tracker.find("table")}
         raise unknown("table", plan.name, names) if names else InputError(f"no table at {tracker.uri} yet")
     driver = _Driver(bench, tracker, known)
-    if driver.queue and compute:
+    left_open = known.table is not None and known.table.info.status == "RUNNING"
+    if compute and (driver.queue or left_open):
         driver.compute()
         known = Known(tracker, plan.name)
         driver = _Driver(bench, tracker, known)

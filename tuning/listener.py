@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+import pyarrow.fs
 from ray import tune
 from ray.train import Checkpoint
 from ray.tune.experiment import Trial
@@ -86,7 +87,8 @@ STATE = ("step", "best", "best_step", "latest", "checkpoint")
 
 def read_state(tag: str, plan: Plan) -> dict[str, Any]:
     """What the tag CHECKPOINT says; raises InputError if it is none, or its checkpoints are not among the study's."""
-    root = PurePosixPath(plan.storage.partition("://")[2].partition("?")[0] or plan.storage) / plan.name
+    own = plan.place()
+    root = PurePosixPath(pyarrow.fs.FileSystem.from_uri(own)[1] if "://" in own else own)
     try:
         found = json.loads(tag)
         paths = [PurePosixPath(p) for p in (found["latest"], found["checkpoint"]) if p is not None]

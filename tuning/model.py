@@ -6,7 +6,6 @@ they are not the very ones that it was made for.
 """
 
 import base64
-import binascii
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ class Segmenter(PythonModel):
     def _masks(self, given: Given, name: str) -> list[Mask]:
         try:
             content = base64.b64decode(given.image, validate=True)
-        except binascii.Error as e:
+        except ValueError as e:  # binascii.Error too
             raise InputError(f"{name} is not in base64: {e}") from None
         image = torch.from_numpy(read_image(Path(name), content=content).copy()).permute(2, 0, 1)
         found: dict[int, Mask] = {}

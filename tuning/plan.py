@@ -9,7 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -92,7 +92,13 @@ _NAMED: dict[str, Any] = {"sampler": Sampler, "scheduler": Scheduler, "objective
 HIDDEN = "***"
 """What stands for a password."""
 
-WORD = r"(?!\.*\Z)[\w.+-]{1,100}"
+NAMED = 3
+"""Domains of which a study gets its name, if it is given none."""
+
+LONGEST = 100
+"""Letters of a name."""
+
+WORD = rf"(?!\.*\Z)[\w.+-]{{1,{LONGEST}}}"
 """What names runs, registered models and folders; so no separator, and nothing but dots neither."""
 
 STUDY_KEYS = ("prompt", "crop", "seed")
@@ -198,6 +204,12 @@ class Plan:
         """By what the study's own trials are known in Optuna's database, which may hold those of its name's past."""
         return self.run or self.name
 
+    def place(self, *parts: str) -> str:
+        """A folder of the study's own at its storage; of an address, options like ``?region=x`` stay at its end."""
+        cut = self.storage.find("?") if "://" in self.storage else -1
+        folder, options = (self.storage, "") if cut < 0 else (self.storage[:cut], self.storage[cut:])
+        return "/".join([folder.rstrip("/"), self.name, *parts]) + options
+
     def optuna_url(self) -> str:
         """Of the database with the Optuna studies: the one given, else a file beside the checkpoints or in ``runs``."""
         if self.optuna:
@@ -207,7 +219,8 @@ class Plan:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise InputError(f"cannot make {folder} for Optuna's file: {e.strerror}; or give --optuna URL") from None
-        return f"sqlite:///{folder / 'optuna.db'}"
+        path = str(folder / "optuna.db").replace("%", "%25").replace("?", "%3F")  # it is an address now
+        return f"sqlite:///{path}"
 
     def nearest(self, flat: Mapping[str, Value]) -> dict[str, Value]:
         """The point of the space that is nearest to a configuration: values beyond an end lie on it."""
@@ -215,10 +228,19 @@ class Plan:
         return {path: axis.nearest(flat.get(path, mine[path]), mine[path]) for path, axis in self.space.items()}
 
     def differs(self, other: Plan) -> str | None:
-        """The first thing that the plans do not share, apart from how long to search."""
-        mine, others = (replace(p, optuna=shown(p.optuna)) for p in (self, other))
-        names = (f.name for f in dataclasses.fields(self) if f.name not in (*BUDGET, "run"))
-        return next((n for n in names if getattr(mine, n) != getattr(others, n)), None)
+        """The first thing that the plans do not share, apart from how long to search, and from what the studies that
+        they begin with have found meanwhile.
+        """
+
+        def told(plan: Plan) -> dict[str, Any]:
+            rest = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in (*BUDGET, "run")}
+            started = {source.partition("/")[0] for source, _ in rest.pop("warm")}
+            searched = {f"space of {path}": axis for path, axis in rest.pop("space").items()}
+            optuna = shown(rest.pop("optuna"))
+            return {**rest.pop("base").flat(), **searched, **rest, "from": started, "optuna": optuna}
+
+        mine, others = told(self), told(other)
+        return next((n for n in mine | others if mine.get(n) != others.get(n)), None)
 
     def to_json(self) -> str:
         """Everything but the password of the Optuna database, as text that :meth:`from_json` reads."""
@@ -234,10 +256,18 @@ class Plan:
         return cls(**{**found, "warm": tuple((source, point) for source, point in found["warm"])})
 
 
+_PASSWORDS = (
+    r"(://[^:/?#\s]*:)[^/?#\s]*(@)",
+    r"(://[^:/@\s]*:)(?!\d{1,5}/)[^@\s]*(@)",  # with a / in it; but digits before one are a port
+    r"(?i)([?&][^=&\s]*(?:password|passwd|pwd|secret|token)=)[^&\s]*()",
+)
+
+
 def shown(text: str) -> str:
     """An address, or a text with addresses in it, without their passwords."""
-    without = re.sub(r"(://[^:/@\s]*):(?!\d{1,5}/)[^@\s]*@", rf"\1:{HIDDEN}@", text)  # digits, then /: a port
-    return re.sub(r"([?&]password=)[^&\s]*", rf"\1{HIDDEN}", without)
+    for pattern in _PASSWORDS:
+        text = re.sub(pattern, rf"\1{HIDDEN}\2", text)
+    return text
 
 
 def open_address(address: str) -> str:
@@ -369,7 +399,9 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
                     f"objective: the {s['objective']} of {domain.name} is not known: it has no masks on val"
                 )
     with at("name"):
-        name = checked_name(s.get("name") or f"{'-'.join(d.name for d in loaded)}-{prompt}", "--name")
+        first, others = [d.name for d in loaded[:NAMED]], len(loaded) - NAMED
+        parts = [*first, *([f"and-{others}-more"] if others > 0 else []), prompt]
+        name = checked_name(s.get("name") or "-".join(parts), "--name")
     words: dict[str, Any] = {}
     for key, kind in _NAMED.items():
         with at(key):
@@ -440,8 +472,10 @@ def load_domains(domains: tuple[str, ...]) -> list[Domain]:
 
 def checked_name(text: str, what: str) -> str:
     """The text, if it may name a folder; raises InputError, which calls it so, if it may not."""
+    if len(text) > LONGEST:
+        raise InputError(f"{what} {text[:LONGEST]!r}...: {len(text)} letters, of at most {LONGEST}")
     if not re.fullmatch(WORD, text):
-        raise InputError(f"{what} {text[:100]!r}: use letters, digits, '-', '_', '+' and '.'")
+        raise InputError(f"{what} {text!r}: use letters, digits, '-', '_', '+' and '.'")
     return text
 
 

@@ -22,9 +22,16 @@ def machine() -> str:
 
 
 def began(pid: int) -> float | None:
-    """When a process of this machine began, which tells it from another that got its number; None if it has ended."""
+    """When a process of this machine began, which tells it from another that got its number; None if it has ended.
+
+    On Linux in ticks since the machine was started: a time by the clock is another one once the clock has been set.
+    """
     try:
         process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        with contextlib.suppress(OSError):
+            return float(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        return process.create_time()
     except psutil.NoSuchProcess:
         return None

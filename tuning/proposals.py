@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,10 +67,10 @@ def _begun(
     """As :func:`propose` has it, of a trial that was in the queue."""
     params, storage = trial.system_attrs["fixed_params"], study._storage
     point = decoded(plan.space, params)
-    storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
     storage.set_trial_user_attr(trial._trial_id, "number", number)
     for name, distribution in distributions(plan.space, point).items():
         storage.set_trial_param(trial._trial_id, name, distribution.to_internal_repr(params[name]), distribution)
+    storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)  # last: what is running is known by its number
     return Running(study, trial._trial_id, trial.number), point, {**trial.user_attrs, "number": number}
 
 
@@ -89,10 +89,13 @@ def near(known: Sequence[FrozenTrial], plan: Plan, number: int) -> Point | None:
 
 
 class _Draft:
-    """The database as a sampler sees it: with the trials that were read once, and one that is not written there."""
+    """The database as a sampler sees it: with the trials that were read once, and one that is not written there.
 
-    def __init__(self, study: optuna.Study, trials: Sequence[FrozenTrial], number: int) -> None:
-        self._study, self._trials = study, trials
+    The queue is left out: what others have put there, Optuna would take.
+    """
+
+    def __init__(self, study: optuna.Study, trials: Iterable[FrozenTrial], number: int) -> None:
+        self._study, self._trials = study, [t for t in trials if t.state != TrialState.WAITING]
         self.trial = create_trial(state=TrialState.RUNNING)
         self.trial.number, self.trial._trial_id = number, -1
 

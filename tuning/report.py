@@ -20,10 +20,15 @@ from tuning.plan import WORDS, Plan, checked_name, columns
 from tuning.replay import Past, replay
 from tuning.sampler import BEST_OF, COST_METRICS
 from tuning.study import PLAN, find_study
-from tuning.tracking import Tracker, Trial
+from tuning.tracking import Tracker, Trial, trials
 from wesam.errors import InputError
 
 PAGE, TABLE = "report.html", "report.md"
+
+SINCE = (
+    "The study has gone on since, and has not come to its end: the scores are those of its last end, and trials since "
+    "then are in the drawings alone."
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class Collected:
     parts: list[Part]
     champions: dict[str, int]
     """The version that is now each domain's champion."""
+    since: bool
+    """Whether the study has gone on since the result, to no new one yet."""
 
 
 def collect(tracker: Tracker, name: str) -> Collected:
@@ -62,15 +69,21 @@ def collect(tracker: Tracker, name: str) -> Collected:
     result = json.loads(files[RESULT])
     for row in result["domains"]:
         checked_name(row["domain"], "domain")
-    parts = [_part(tracker, row) for row in result["domains"] if "error" not in row]
+    plan, status = Plan.from_json(files[PLAN].decode()), run.info.status
+    since = status in ("RUNNING", "KILLED") or plan.trials != result["trials"]
+    rows = [row for row in result["domains"] if "error" not in row]
+    searched = {
+        of: trials(tracker, of) for of in {row["trials_of"] for row in rows}
+    }  # a joint search is of all domains
+    pasts = {of: [past(tracker, t) for t in found] for of, found in searched.items()}
+    parts = [
+        Part(read(tracker, row, searched[of]), pasts[of], tracker.files(row["run_id"], "").get(PICTURE))
+        for row in rows
+        for of in (row["trials_of"],)
+    ]
     held = {r["domain"]: registry.champion(tracker, r["domain"]) for r in result["domains"]}
     champions = {domain: entry.version for domain, entry in held.items() if entry}
-    return Collected(result, Plan.from_json(files[PLAN].decode()), dict(run.data.tags), parts, champions)
-
-
-def _part(tracker: Tracker, row: dict[str, Any]) -> Part:
-    found = read(tracker, row)
-    return Part(found, [past(tracker, t) for t in found.trials], tracker.files(row["run_id"], "").get(PICTURE))
+    return Collected(result, plan, dict(run.data.tags), parts, champions, since)
 
 
 def write(found: Collected, out: Path) -> None:
@@ -104,7 +117,7 @@ def share(part: float | None) -> str:
 
 def _markdown(found: Collected) -> str:
     begun = opening(found.result, found.champions)
-    opened = [begun.searched, "\n".join(f"- {line}" for line in begun.found), begun.use]
+    opened = [SINCE if found.since else "", begun.searched, "\n".join(f"- {line}" for line in begun.found), begun.use]
     head, rows = _table(found)
     lines = [" | ".join(r) for r in (head, ["---"] * len(head), *rows)]
     told = [f"- {p.row['domain']}: {p.row['outcome']}" for p in found.parts]
@@ -115,8 +128,9 @@ def _markdown(found: Collected) -> str:
 
 def _about(found: Collected) -> str:
     r, gap = found.result, found.result["gap_between_trials"]
+    per = "" if found.plan.joint else " per domain"
     text = (
-        f"{r['prompt']} prompts, model {r['model']}; {r['trials']} trials per domain of at most {r['steps']} "
+        f"{r['prompt']} prompts, model {r['model']}; {r['trials']} trials{per} of at most {r['steps']} "
         f"steps, {r['workers']} worker(s) each, seed {r['seed']}; {r['seconds'] / 60:.1f} minutes"
     )
     text += f"; {gap['median']:.2f} s between trials." if gap else "."
@@ -132,7 +146,8 @@ def _about(found: Collected) -> str:
 
 def _page(found: Collected) -> str:
     name, begun = found.result["study"], opening(found.result, found.champions)
-    body = [f"<h1>Study {escape(name)}</h1><p>{page.text(begun.searched)}</p>"]
+    body = [f"<h1>Study {escape(name)}</h1>", f"<p><b>{SINCE}</b></p>" if found.since else ""]
+    body.append(f"<p>{page.text(begun.searched)}</p>")
     body += [f"<ul>{''.join(f'<li>{page.text(line)}</li>' for line in begun.found)}</ul>"]
     body += [f"<p><b>{page.text(begun.use)}</b></p>"] if begun.use else []
     body.append(page.table(*_table(found)))
@@ -172,7 +187,8 @@ def _gap(row: dict[str, Any]) -> str | None:
         return None
     gain, most = 100 * (row["best"] - row["direct"]), 100 * (row["supervised"] - row["direct"])
     if row["gap_closed"] is None:
-        said = "no more than its spread over seeds, so there is no gap to close."
+        more = "" if row["supervised_sd"] is None else " by more than its spread over seeds"
+        said = f"it is not above Direct{more}, so there is no gap to close."
     else:
         said = f"{share(row['gap_closed'])} of that gap is closed."
     return (
@@ -188,6 +204,8 @@ def _chosen(row: dict[str, Any]) -> str | None:
         return None
     means = ", ".join(f"trial {f['trial']} {(f['searched'] + f['again']) / 2:.3f}" for f in final)
     chosen = f"; trial {row['best_trial']} was chosen" if row["best_trial"] is not None else ""
+    if len(final) == 1:  # what the others came to is not known
+        return f"On val others were nearly as good, and one was trained again: the mean of both is {means}{chosen}."
     return (
         f"On val {len(final)} trials were nearly as good, and were trained again with another seed. The means of both: "
         f"{means}{chosen}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import sqlite3
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import optuna
@@ -14,7 +14,7 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler
 from optuna.storages import RDBStorage
 from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, TrialState, create_trial
 
-from tuning.plan import Plan, shown
+from tuning.plan import REFERENCES, Plan, shown
 from tuning.space import Axis, Space, space_to_dict
 from tuning.storage import PatientStorage, StudyStorage
 from tuning.tracking import Trial
@@ -137,28 +137,34 @@ def startup(plan: Plan) -> int:
     return min(10, max(4, plan.trials // 2))
 
 
-def enqueue(study: optuna.Study, plan: Plan, references: Iterable[str]) -> None:
+def enqueue(study: optuna.Study, plan: Plan, seen: Container[str | None]) -> None:
     """Has the study begin with the references that lie in the space, what other studies found best, and the method's
     bolder configuration, if it has one.
+
+    seen: references and labels of those that are not to be run any more.
     """
-    known = own(study.get_trials(deepcopy=False), plan)
-    queue = [t for t in known if t.state == TrialState.WAITING]
-    waiting = {t.user_attrs.get("reference") for t in queue}
-    points = {r: p for r in references if r not in waiting and (p := plan.point(r)) is not None}
-    behind = [t for t in queue if "reference" not in t.user_attrs] if points else []
-    for t in behind:  # what is put into Optuna's queue comes last, and references are to come first
-        study._storage.set_trial_state_values(t._trial_id, TrialState.FAIL)
-    for reference, point in points.items():
-        study.enqueue_trial(encoded(plan.space, point), user_attrs={"reference": reference, "study": plan.owner})
-    for t in behind:
-        study.enqueue_trial(t.system_attrs["fixed_params"], user_attrs=t.user_attrs)
-    if known:  # the rest is in the queue since the study began
-        return
+    first: dict[str, tuple[dict[str, str], Mapping[str, Value]]] = {}
+    for reference in REFERENCES:
+        if (known := plan.point(reference)) is not None:
+            first[reference] = {"reference": reference}, known
     for source, flat in plan.warm:
-        point = plan.nearest(flat)
-        study.enqueue_trial(encoded(plan.space, point), user_attrs={"label": BEST_OF + source, "study": plan.owner})
+        first[BEST_OF + source] = {"label": BEST_OF + source}, plan.nearest(flat)
     if plan.sampler != "random" and (bolder := plan.bolder()):
-        study.enqueue_trial(encoded(plan.space, bolder), user_attrs={"label": BOLDER, "study": plan.owner})
+        first[BOLDER] = {"label": BOLDER}, bolder
+    wanted = [name for name in first if name not in seen]
+    waiting = [t for t in own(study.get_trials(deepcopy=False), plan) if t.state == TrialState.WAITING]
+    if [name for t in waiting for name in named(t.user_attrs)] == wanted:
+        return
+    for t in waiting:  # what is put into Optuna's queue comes last, and these have an order
+        study._storage.set_trial_state_values(t._trial_id, TrialState.FAIL)
+    for name in wanted:
+        about, point = first[name]
+        study.enqueue_trial(encoded(plan.space, point), user_attrs={**about, "study": plan.owner})
+
+
+def named(about: Mapping[str, Any]) -> list[str]:
+    """The reference, or the label, that a trial has by these attributes of it; nothing of one that was searched."""
+    return [about[k] for k in ("reference", "label") if about.get(k)]
 
 
 def catch_up(study: optuna.Study, plan: Plan, done: Iterable[Trial], unfinished: Iterable[Mapping[str, Any]]) -> None:

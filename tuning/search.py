@@ -122,8 +122,12 @@ class Search(Searcher):
         """Tells Optuna, and what confirms the search, how a trial has ended."""
         self._place.leave(trial_id)
         proposal = self._live.pop(trial_id, None)
-        if proposal and not error and result and METRIC in result:
-            self._confirmation.learn(proposal, result[METRIC])
+        if proposal and not error:
+            state = proposal.get("state", {})  # of one that had come to its last step before, nothing more is reported
+            if result and METRIC in result:
+                self._confirmation.learn(proposal, result[METRIC])
+            elif state.get("best_step"):
+                self._confirmation.learn(proposal, state["best"])
         trial = self._trials.pop(trial_id, None)
         if trial is None:
             return

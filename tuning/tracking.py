@@ -22,6 +22,7 @@ from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+from urllib.parse import unquote
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunInfo, RunTag
@@ -53,8 +54,8 @@ KEY = "wesam.key"
 PATIENCE = 5.0
 """Seconds between two attempts to reach a server that does not answer."""
 
-TRIES = 4
-"""Attempts to store artifacts; what else than a server that is away hinders it, nobody knows."""
+TRIES, READING = 30, 4
+"""Attempts to store artifacts, and to fetch them: what else than a server that is away hinders it, nobody knows."""
 
 
 MOST_BYTES = 2**30
@@ -107,6 +108,8 @@ class Tracker:
         self._room = threading.BoundedSemaphore(BACKLOG)
         self._hurry = threading.Event()
         self._away = False
+        self._stuck = False
+        """Whether the store of artifacts has not taken the last ones, however often they were brought."""
         self._open: list[Run] = []
         self._lock = threading.Lock()
         try:
@@ -193,7 +196,10 @@ class Tracker:
                 return
 
     def ask(self, read: Callable[[], T]) -> T:
-        """What MLflow answers, without regard to what is still to be written; a server that is away is waited for."""
+        """What MLflow answers, without regard to what is still to be written; a server that is away is waited for.
+
+        Raises InputError if its store of artifacts does not give what is asked for.
+        """
         return self._until_done(read, reading=True)
 
     def flush(self) -> None:
@@ -249,18 +255,25 @@ class Tracker:
                 return done
             except InputError:
                 raise
-            except Exception as e:  # a store of artifacts has exceptions of its own
-                tries += 1
-                refused = isinstance(e, MlflowException) and not _unreachable(e)
-                failing = not isinstance(e, MlflowException) and tries >= TRIES
-                if refused or failing or self._hurry.is_set():
+            except MlflowException as e:
+                if not _unreachable(e) or self._hurry.is_set():
                     if not reading:
                         print(f"MLflow has not taken a record: {_first_line(e)}", file=sys.stderr)
                     raise
                 if not self._away:
                     print(f"MLflow at {self.uri} does not answer; waiting for it, nothing is lost", file=sys.stderr)
                 self._away = True
-                self._hurry.wait(PATIENCE)
+            except Exception as e:  # a store of artifacts has exceptions of its own
+                tries += 1
+                if tries >= (READING if reading else 1 if self._stuck else TRIES) or self._hurry.is_set():
+                    if reading:
+                        raise InputError(f"MLflow's artifacts at {self.uri}: {_first_line(e)}") from None
+                    print(f"MLflow has not taken a record: {_first_line(e)}", file=sys.stderr)
+                    self._stuck = True
+                    raise
+                if tries == 1:
+                    print(f"MLflow's artifacts: {_first_line(e)}; trying again", file=sys.stderr)
+            self._hurry.wait(PATIENCE)
 
 
 class _Batch:
@@ -299,6 +312,7 @@ class Run:
         """The last thing that this run has asked to be written, if it was a record."""
         self.data: tuple[Data, ...] = ()
         """What it is about; see :meth:`use`."""
+        self._attached: list[Future[None]] = []
 
     @property
     def info(self) -> RunInfo:
@@ -339,6 +353,12 @@ class Run:
         m = [Metric(k, float(v), now, step) for k, v in (metrics or {}).items()]
         p = [Param(k, str(v)) for k, v in (params or {}).items()]
         t = [RunTag(k, str(v)) for k, v in (tags or {}).items()]
+        while len(m) > FULL:  # of a joint study of many domains
+            self._record(m[:FULL], [], [], after)
+            m = m[FULL:]
+        self._record(m, p, t, after)
+
+    def _record(self, m: Sequence[Metric], p: Sequence[Param], t: Sequence[RunTag], after: Future[None] | None) -> None:
         if after is None and self._batch is not None and self._batch.add(m, p, t):
             return
         batch = _Batch()
@@ -361,8 +381,10 @@ class Run:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(contents)
                 self._tracker.client.log_artifacts(self.id, str(local), folder)
+            self._tracker._stuck = False
 
-        return self._later(write)
+        self._attached.append(kept := self._later(write))
+        return kept
 
     def leave(self) -> None:
         """Forgets the run, which is another process's."""
@@ -374,9 +396,16 @@ class Run:
             self._tracker.later(lambda: self._tracker.client.delete_run(self.id)).result()
 
     def close(self, status: Status = "FINISHED") -> None:
-        """Ends the run, once."""
+        """Ends the run, once; one of which MLflow has not taken all files has FAILED."""
+
+        def end() -> None:
+            lost = status == "FINISHED" and any(
+                f.exception() for f in self._attached
+            )  # one thread writes: all are done
+            self._tracker.client.set_terminated(self.id, "FAILED" if lost else status)
+
         if self._tracker._closed(self):
-            self._later(lambda: self._tracker.client.set_terminated(self.id, status))
+            self._later(end)
 
     def _later(self, write: Callable[[], T]) -> Future[T]:
         """As :meth:`Tracker.later`; what is logged from now on comes after it."""
@@ -492,7 +521,8 @@ def trials_page(server: str, experiment: str) -> str:
 
 def sqlite_file(uri: str) -> Path | None:
     """The database file that a tracking URI names, if it names one."""
-    return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute() if uri.startswith("sqlite:///") else None
+    rest = uri.removeprefix("sqlite:///")
+    return None if rest == uri else Path(unquote(rest.partition("?")[0])).absolute()
 
 
 def _version(package: str) -> str:

@@ -206,7 +206,7 @@ def several_workers(trial: Result) -> None:
         ),
         run_config=ray.train.RunConfig(
             name=tune.get_context().get_trial_id(),  # the same after a restart, which so finds its checkpoints
-            storage_path=f"{setting.plan.storage}/{setting.plan.name}/workers",
+            storage_path=setting.plan.place("workers"),
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=ray.train.CheckpointConfig(**KEEP),
             callbacks=[report],

@@ -6,6 +6,7 @@ import json
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mlflow.utils.file_utils import local_file_uri_to_path
@@ -160,16 +161,40 @@ def test_a_plan_and_a_result_whose_names_lead_out_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("trials", "status", "since"), [(4, "FINISHED", False), (4, "KILLED", True), (9, "FAILED", True)]
+)
+def test_a_report_of_a_study_that_has_gone_on_since_says_so(
+    tracker: Tracker, tmp_path: Path, trials: int, status: Any, since: bool
+) -> None:
+    plan = json.loads(make_plan({"domains": ["clean"], "name": "s"}, []).to_json())
+    result = {
+        "study": "s", "run_id": "r", "model": "nano", "prompt": "box", "trials": 4, "steps": 60, "workers": 1,
+        "seed": 0, "seeds": 1, "seconds": 60.0, "gap_between_trials": None, "domains": [{"domain": "clean", "error": "none"}],
+    }  # fmt: skip
+    run = tracker.start("s", "study", None, {})
+    files = {PLAN: {**plan, "trials": trials}, RESULT: result}
+    run.attach(lambda: {name: json.dumps(content).encode() for name, content in files.items()})
+    run.close(status)
+    tracker.flush()
+    report.write(report.collect(tracker, "s"), tmp_path)
+    for name in (report.PAGE, report.TABLE):
+        assert ("The study has gone on since" in (tmp_path / name).read_text()) == since
+
+
+@pytest.mark.parametrize(
     ("storage", "path", "good"),
     [
         ("/runs", "/runs/s/trials/d/checkpoint_000001", True),
-        ("s3://bucket/studies", "bucket/studies/s/trials/d/checkpoint_000001", True),
-        ("s3://bucket/studies?region=x", "bucket/studies/s/workers/d", True),
+        ("s3://bucket/studies/?region=x", "bucket/studies/s/trials/d/checkpoint_000001", True),
+        ("s3://bucket/studies?scheme=http&endpoint_override=localhost:9000", "bucket/studies/s/workers/d", True),
+        ("gs://anonymous@bucket/x", "bucket/x/s/trials/d", True),
+        ("abfss://box@account.dfs.core.windows.net/x", "box/x/s/trials/d", True),
+        ("file:///my%20runs", "/my runs/s/trials/d", True),
         ("/runs", "/runs/s/../../etc", False),
         ("/runs", "/runs/other/trials", False),
         ("/runs", "/etc", False),
         ("/runs", "s/trials", False),
-        ("s3://bucket/studies", "other/studies/s/trials", False),
+        ("s3://bucket/studies?region=x", "other/studies/s/trials", False),
         ("/runs", 7, False),
     ],
 )
@@ -189,6 +214,20 @@ def test_an_interrupted_trial_goes_on_only_from_checkpoints_of_its_study(
     else:
         with pytest.raises(InputError, match=f"the tag {CHECKPOINT} of a trial"):
             _unfinished(tracker, parent.id, plan)
+
+
+def test_what_the_budget_has_cut_goes_on_when_there_is_more_of_it(tracker: Tracker) -> None:
+    plan = make_plan({"domains": ["clean"], "name": "s", "storage": "/runs"}, [])
+    parent = tracker.start("s", "study", None, {})
+    state = {"step": 1, "best": 0.5, "best_step": 1, "latest": "/runs/s/x", "checkpoint": "/runs/s/x"}
+    for number, ended in enumerate(("finished", "budget", "pruned")):
+        tags = {CHECKPOINT: json.dumps(state), "wesam.proposal": json.dumps({"number": number, "label": "x"})}
+        run = tracker.start("t", "trial", parent, {**tags, "ended": ended})
+        run.log(params=Config().flat())
+        run.close()
+    tracker.flush()
+    assert _unfinished(tracker, parent.id, plan) == []
+    assert [p["number"] for p in _unfinished(tracker, parent.id, plan, more=True)] == [1]
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tuning.plan import DEMO, Plan, in_file, make_plan, read_study
+from tuning.sampler import open_storage
 from tuning.space import DEFAULT, Axis
 from wesam.config import Config, preset
 from wesam.errors import InputError
@@ -63,6 +65,39 @@ def test_the_password_of_a_database_stays_out_of_the_json_and_makes_no_differenc
     assert "secret" not in first.to_json()
     assert first.differs(Plan.from_json(first.to_json())) is None
     assert plan(optuna="postgresql://me:secret@elsewhere/db").differs(first) == "optuna"
+
+
+def test_what_two_plans_differ_in_is_named() -> None:
+    assert plan(steps=8).differs(plan(steps=9)) == "steps"
+    assert plan(["optim.batch_size=3"]).differs(plan()) == "optim.batch_size"
+    assert plan(space={"lora.rank": {"choices": [2, 4]}}).differs(plan()) == "space of lora.rank"
+    found, later = ((f"other/{name}", Config().flat()) for name in ("medical", "camouflaged"))
+    assert replace(plan(), warm=(found,)).differs(replace(plan(), warm=(later, found))) is None, "it has gone on since"
+    assert replace(plan(), warm=(found,)).differs(plan()) == "from"
+    assert plan(trials=3).differs(plan(trials=9)) is None
+
+
+def test_a_study_of_many_domains_has_a_name_that_can_be_one(tmp_path: Path) -> None:
+    domains = [f"camouflaged+gaussian_noise:{n}" for n in range(1, 6)]
+    assert plan(domains=domains[:2]).name == "camouflaged+gaussian_noise1-camouflaged+gaussian_noise2-box"
+    name = plan(domains=domains).name
+    assert name.endswith("camouflaged+gaussian_noise3-and-2-more-box")
+    assert len(name) <= 100
+    with pytest.raises(InputError, match="101 letters, of at most 100"):
+        plan(name="x" * 101)
+
+
+def test_the_options_of_a_storages_address_stay_at_its_end() -> None:
+    given = plan(storage="s3://bucket/studies/?region=eu&scheme=http", name="s")
+    assert given.place("trials") == "s3://bucket/studies/s/trials?region=eu&scheme=http"
+    assert given.place() == "s3://bucket/studies/s?region=eu&scheme=http"
+    assert plan(storage="a?b", name="s").place("trials") == str(Path("a?b/s/trials").absolute())
+
+
+@pytest.mark.parametrize("folder", ["a%20b", "a?b", "50%off", "ä b#c"])
+def test_optunas_file_lies_where_the_study_does(tmp_path: Path, folder: str) -> None:
+    open_storage(plan(storage=str(tmp_path / folder), name="s").optuna_url())
+    assert (tmp_path / folder / "s" / "optuna.db").is_file()
 
 
 @pytest.mark.parametrize("place", ["s3://key:secret@bucket/x", "http://me:secret@host/x+fog:5", "ftp://me:secret@host"])

@@ -35,6 +35,9 @@ def test_trust_in_the_label_free_score_by_hand() -> None:
     alone = Trust.of((0.99, 0.6), trials)
     assert alone is not None
     assert alone.regret == pytest.approx(0.9 - 0.6), "Direct is a candidate"
+    tied = Trust.of(direct, [[(0.9, 0.6), (0.9, 0.9)], [(0.9, 0.7)], [(0.2, 0.5)]])
+    assert tied is not None
+    assert tied.regret == pytest.approx(0.9 - 0.6), "of those that tie the first is taken, not the best in hindsight"
 
 
 def trial(number: int, best: float, label: str = "searched", reference: str | None = None) -> Trial:
@@ -100,6 +103,10 @@ def test_how_one_of_several_that_are_nearly_as_good_was_chosen_is_told() -> None
         "trial 3 0.699, trial 5 0.710; trial 5 was chosen."
     )
     assert "chosen" not in (_chosen({"finalists": final, "best_trial": None}) or "")
+    assert _chosen({"finalists": final[:1], "best_trial": 3}) == (
+        "On val others were nearly as good, and one was trained again: the mean of both is trial 5 0.710; trial 3 was "
+        "chosen."
+    )
     assert _chosen({"finalists": [], "best_trial": 5}) is None
     assert _chosen({}) is None, "of a study from before there were finalists"
 
@@ -112,8 +119,10 @@ def test_of_a_gap_within_its_spread_no_share_is_told(supervised: list[float], cl
     share = gap.closed(0.6, 0.65, supervised)
     assert share == (closed and pytest.approx(closed))
     mean = statistics.mean(supervised) if supervised else None
-    said = _gap({"direct": 0.6, "best": 0.65, "supervised": mean, "gap_closed": share})
+    spread = statistics.stdev(supervised) if len(supervised) > 1 else None
+    said = _gap({"direct": 0.6, "best": 0.65, "supervised": mean, "supervised_sd": spread, "gap_closed": share})
     assert (said is None) == (not supervised)
+    assert said is None or ("spread" in said) == (closed is None and spread is not None)
     assert said is None or ("no gap to close" in said) == (closed is None)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tuning.processes import began
 from tuning.scratch import scratch
 
 KILLED = """
@@ -38,3 +41,12 @@ def test_what_a_killed_process_has_left_goes_with_the_next_folder(
     with scratch() as mine, scratch() as another:
         assert {p.name for p in tmp_path.iterdir()} == {mine.name, another.name, *(k.name for k in kept)}
     assert set(tmp_path.iterdir()) == kept
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere it is told by the clock")
+def test_a_process_is_the_same_after_the_clock_has_been_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = began(os.getpid())
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: 1.0)
+    assert began(os.getpid()) == before
+    assert began(1) != before
+    assert began(2**22 + 1) is None

@@ -38,6 +38,7 @@ from tuning.schedulers import make_scheduler
 from tuning.search import Search
 from tuning.space import DEFAULT, Axis
 from tuning.tracking import Trial
+from wesam import Config
 from wesam.errors import InputError
 from wesam.sam import random_sam, write_weights
 
@@ -57,7 +58,7 @@ def alone() -> Place:
 
 def begin(plan: Plan, **changed: Any) -> tuple[Search, optuna.Study, dict[str, str]]:
     study = open_study(plan, "camouflaged", open_storage(plan.optuna_url()))
-    enqueue(study, plan, REFERENCES)
+    enqueue(study, plan, ())
     stopped: dict[str, str] = {}
     outside = [r for r in REFERENCES if plan.point(r) is None]
     given: dict[str, Any] = {
@@ -111,12 +112,60 @@ def test_a_reference_that_has_failed_comes_first_when_the_study_goes_on(tmp_path
     search, study, _ = begin(plan)
     search.suggest("a")
     search.on_trial_complete("a", error=True)
-    enqueue(study, plan, REFERENCES)
+    enqueue(study, plan, ())
     nothing = Confirmation(plan, 0.4, {}, {}, (), supervised=True)
     again = Search(plan, study, range(1, 5), (), (), nothing, Budget(plan), {}, alone())
     proposals = [again.suggest(name) for name in "abcd"]
     assert {p.get("reference") for p in proposals[:2]} == set(REFERENCES)
     assert [p["label"] for p in proposals[2:]] == [sampler.SEARCHED, sampler.SEARCHED]
+
+
+def test_what_was_killed_before_its_first_checkpoint_is_tried_again(tmp_path: Path) -> None:
+    plan = replace(make(tmp_path, method="wesam+"), warm=(("other/cells", Config().flat()),))
+    search, study, _ = begin(plan)
+    labels = [search.suggest(name)["label"] for name in "abcd"]
+    assert labels[2:] == [f"{sampler.BEST_OF}other/cells", sampler.BOLDER]
+    search.on_trial_complete("a", result(0.5, 8))
+    catch_up(study, plan, [], ())
+    enqueue(study, plan, [name for t in ended(study, plan).values() for name in sampler.named(t.user_attrs)])
+    nothing = Confirmation(plan, 0.4, {}, {}, (), supervised=True)
+    again = Search(plan, study, range(5, 9), (), (), nothing, Budget(plan), {}, alone())
+    assert [again.suggest(name)["label"] for name in "abcd"] == [*labels[1:], sampler.SEARCHED]
+
+
+def test_a_driver_that_is_killed_while_it_begins_a_trial_leaves_a_study_that_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make(tmp_path)
+    study = open_study(plan, "camouflaged", open_storage(plan.optuna_url()))
+    for name in ("set_trial_user_attr", "set_trial_param", "set_trial_state_values"):
+        enqueue(study, plan, ())
+        with monkeypatch.context() as patch:
+            patch.setattr(study._storage, name, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                propose(study, plan, 1)
+        catch_up(study, plan, [], ())
+        enqueue(study, plan, ())
+    assert propose(study, plan, 1)[2]["reference"] == "paper"
+    assert [t.user_attrs["number"] for t in sampler.running(study, plan).values()] == [1]
+
+
+def interrupted(*given: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_the_sampler_leaves_what_another_study_has_queued(tmp_path: Path) -> None:
+    mine = make(tmp_path, optuna_study="shared", optuna=f"sqlite:///{tmp_path}/o.db")
+    search, study, _ = begin(mine)
+    for i in range(13):
+        search.suggest(str(i))
+        search.on_trial_complete(str(i), result(0.5, 8))
+    enqueue(study, replace(mine, name="other"), ())
+    assert near(study.trials, mine, 15) is None, "it is the sampler's turn"
+    propose(study, mine, 15)
+    queue = [t for t in study.trials if t.user_attrs["study"] == "other"]
+    assert [t.user_attrs["reference"] for t in queue] == list(REFERENCES)
+    assert {t.state for t in queue} == {TrialState.WAITING}
 
 
 def test_trials_go_on_near_the_best_one_until_the_sampler_takes_turns(tmp_path: Path) -> None:
@@ -282,6 +331,9 @@ def test_a_password_is_not_told() -> None:
     assert shown("postgresql://host/db?user=me&password=secret&x=1") == "postgresql://host/db?user=me&password=***&x=1"
     assert shown("sqlite:////home/me/optuna.db") == "sqlite:////home/me/optuna.db"
     assert shown("http://host:8000/cells@70/10/20") == "http://host:8000/cells@70/10/20"
+    assert shown("at http://me@corp.com:secret@host:5000/x.") == "at http://me@corp.com:***@host:5000/x."
+    assert shown("http://me:sec@ret@host http://you:secret@host") == "http://me:***@host http://you:***@host"
+    assert shown("x://h/db?sslpassword=secret&PWD=secret#a") == "x://h/db?sslpassword=***&PWD=***"
     with pytest.raises(InputError) as e:
         open_storage("mysql+nonsense://me:secret@host/x")
     assert "secret" not in str(e.value)
@@ -299,7 +351,7 @@ def test_an_interrupted_study_goes_on_in_optuna(tmp_path: Path) -> None:
     )  # fmt: skip
     unfinished = {**proposals[1], "run": "r", "resume": "path", "state": {}}
     catch_up(study, plan, [done], [unfinished])
-    enqueue(study, plan, [])
+    enqueue(study, plan, REFERENCES)
     states = {t.user_attrs.get("number"): t.state for t in study.trials}
     assert states[1] == TrialState.COMPLETE
     assert states[2] == TrialState.RUNNING
@@ -312,6 +364,20 @@ def test_an_interrupted_study_goes_on_in_optuna(tmp_path: Path) -> None:
     again.on_trial_complete("x", result(0.6, 8))
     assert study.trials[1].value == 0.6
     assert again.suggest("y")["number"] == 8
+
+
+def test_a_trial_that_was_killed_after_its_last_step_is_confirmed_as_others_are(tmp_path: Path) -> None:
+    plan = make(tmp_path)
+    search, study, _ = begin(plan)
+    proposals = [search.suggest(str(i)) for i in range(3)]
+    scores = {p["number"]: (0.6, p["config"]) for p in proposals[:2]}
+    confirmation = Confirmation(plan, 0.4, scores, {}, (), supervised=False)
+    state = {"step": 8, "best": 0.7, "best_step": 8}
+    unfinished = {**proposals[2], "run": "r", "resume": "path", "state": state}
+    again = Search(plan, study, (), (), [unfinished], confirmation, Budget(plan), {}, alone())
+    again.suggest("x")
+    again.on_trial_complete("x", {})  # there was no step left that it could have reported
+    assert again.suggest("y")["of"] == 3
 
 
 def test_an_interrupted_study_goes_on_without_the_database_of_before(tmp_path: Path) -> None:

@@ -55,9 +55,17 @@ def test_an_enlarged_domain_is_not_done_however_often_its_trials_had_to_be_begun
         run = tracker.start(f"d {number}", "trial", domain, {"wesam.trial": str(number)})
         run.close(status)  # type: ignore[arg-type]
     tracker.flush()
-    for trials, done in ((3, True), (4, False)):
-        search: Any = SimpleNamespace(_c=SimpleNamespace(tracker=tracker, plan=SimpleNamespace(trials=trials)))
-        assert DomainSearch._is_done(search, tracker.run(domain.id)) == done
+
+    def is_done(trials: int, *, more: bool = True) -> bool:
+        plan, budget = SimpleNamespace(trials=trials), SimpleNamespace(over=lambda: not more)
+        search: Any = SimpleNamespace(_c=SimpleNamespace(tracker=tracker, plan=plan, budget=budget))
+        return DomainSearch._is_done(search, tracker.run(domain.id))
+
+    assert (is_done(3), is_done(4)) == (True, False)
+    tags = {"wesam.trial": "4", "ended": "budget", CHECKPOINT: "{}"}
+    tracker.start("d 4", "trial", domain, tags).close()
+    tracker.flush()
+    assert (is_done(4, more=False), is_done(4)) == (True, False), "what the budget has cut goes on when there is more"
 
 
 def test_ctrl_c_keeps_what_is_there_and_leaves_no_process_and_the_study_can_go_on(
@@ -241,7 +249,7 @@ def test_trials_of_one_worker_share_their_actors(
     assert (tmp_path / "report" / "overlay-small.png").stat().st_size > 1000
 
     _enlarged_and_begun_with(small, tmp_path, tracker)
-    with pytest.raises(InputError, match="there is a study 's' with another base"):
+    with pytest.raises(InputError, match="there is a study 's' with another seed"):
         new_study(make(small, tmp_path, seed=1), tracker)
     for again in (lambda: new_study(make(small, tmp_path, trials=5), tracker), lambda: resume_study("s", tracker)):
         with pytest.raises(InputError, match="is finished"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import threading
 import time
 from pathlib import Path
@@ -135,6 +136,58 @@ def test_what_a_run_logs_while_mlflow_is_busy_is_one_request_but_nothing_comes_b
     data = tracker.client.get_run(run.id).data
     assert (data.metrics, data.params, data.tags["t"]) == ({"a": 2.0, "b": 1.0, "c": 4.0}, {"p": "1"}, "new")
     assert [m.value for m in tracker.client.get_metric_history(run.id, "a")] == [0.0, 1.0, 2.0]
+
+
+def test_more_metrics_than_a_request_takes_are_several_and_nothing_is_left_out(tracker: Tracker) -> None:
+    run = tracker.start("s", "study", None, {})
+    wanted = {f"miou.{i}": i / 1000 for i in range(2 * tracking.FULL + 1)}
+    run.log(wanted, step=3, params={"p": 1}, tags={"t": "x"})
+    tracker.flush()
+    data = tracker.client.get_run(run.id).data
+    assert (data.metrics, data.params, data.tags["t"]) == (wanted, {"p": "1"}, "x")
+
+
+def test_a_run_whose_files_are_not_taken_has_failed_and_others_are_not_waited_for_as_long(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking, "PATIENCE", 0.01)
+    study = tracker.start("s", "study", None, {})
+    store, tried = MlflowClient.log_artifacts, []
+
+    def full(self: MlflowClient, *given: Any) -> None:
+        tried.append(given)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(MlflowClient, "log_artifacts", full)
+    runs = [tracker.start(name, "domain", study, {}) for name in "abc"]
+    for run in runs[:2]:
+        run.attach(lambda: {"result.json": b"{}"})
+        run.close()
+    tracker.flush()
+    assert len(tried) == tracking.TRIES + 1
+    said = capsys.readouterr().err
+    assert said.count("trying again") == 1
+    assert said.count("MLflow has not taken a record: [Errno 28] No space left on device") == 2
+    monkeypatch.setattr(MlflowClient, "log_artifacts", store)
+    runs[2].attach(lambda: {"result.json": b"{}"})
+    runs[2].close()
+    study.close()
+    tracker.flush()
+    ended = {r.data.tags["wesam.name"]: r.info.status for r in tracker.find("domain")}
+    assert ended == {"a": "FAILED", "b": "FAILED", "c": "FINISHED"}
+    assert not tracker._stuck
+
+
+def test_artifacts_that_cannot_be_fetched_are_one_line(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "PATIENCE", 0.01)
+
+    def broken(self: MlflowClient, *given: Any) -> None:
+        raise OSError("500 Server Error for url: http://me:secret@mlflow/x")
+
+    monkeypatch.setattr(MlflowClient, "list_artifacts", broken)
+    with pytest.raises(InputError, match="500 Server Error for url") as e:
+        tracker.files("0" * 32, "")
+    assert "secret" not in str(e.value)
 
 
 def test_a_server_that_is_away_when_a_study_begins_is_waited_for(
