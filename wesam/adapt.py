@@ -115,9 +115,13 @@ def adapt(
 
 
 def checked(domain: Domain, config: Config) -> Method:
-    """The method of this configuration; raises InputError if it, or the domain's labels, do not fit its prompts."""
+    """The method of this configuration; raises InputError if it, or the domain's labels, do not fit its prompts, or if
+    there are no masks for a method that learns from them.
+    """
     method = checked_method(config)
     domain.check(config)
+    if method.needs_masks and not domain.split("train")[0].has_masks:
+        raise InputError(f"{domain.name} has no masks on train: there is nothing for {config.method} to learn from")
     return method
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors.torch import save_file
 from segment_anything.modeling import ImageEncoderViT, Sam
 from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from wesam.config import ComputeConfig, Config, LoraConfig, Targets, Train
 from wesam.errors import InputError, one_of
 from wesam.sam import model_names
 from wesam.sam.attention import checkpoint_blocks
-from wesam.sam.checkpoints import HEADER_BYTES, own_file, read_tensors, said_of
+from wesam.sam.checkpoints import HEADER_BYTES, own_file, read_tensors, said_of, write_tensors
 
 if TYPE_CHECKING:  # it loads transformers, which takes seconds, and is imported where it is needed
     import peft
@@ -129,7 +128,7 @@ class AdaptedSam:
         state = {k: v.contiguous() for k, v in _state(self._peft).items()}
         own = dict(zip(_own(self.anchor, self.train), _copied(self._peft), strict=True))
         state |= {_WEIGHT + n: p.detach() for n, p in own.items()}
-        save_file(state, directory / WEIGHTS_FILE, {"crop": str(self.crop), "train": self.train})
+        write_tensors(state, directory / WEIGHTS_FILE, {"crop": str(self.crop), "train": self.train})
 
     @classmethod
     def load(cls, sam: Sam, directory: Path) -> AdaptedSam:

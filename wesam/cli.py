@@ -37,8 +37,8 @@ from wesam.sam import REGISTRY, describe, fetch_model, find_model, load_sam, wri
 SMALL = 0.1
 """Of the image's longer side: instances below it are a few pixels long to a model, as nuclei in microscopy are."""
 
-LOSSY = ("JPEG", "MPO", "WEBP", "AVIF")
-"""Formats, as Pillow calls them, that do not keep every pixel as it is."""
+EXACT = ("PNG", "TIFF", "BMP", "GIF", "PPM", "TGA", "JPEG2000")
+"""Formats, as Pillow calls them, that keep every pixel of a mask as it is; others blur it, or change its size."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -182,8 +182,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.baseline:
         for kind in args.prompt:
             check_drawable(args.baseline, kind)
-        if args.label_free:
-            raise InputError("--label-free scores answers to prompts, and --baseline gives none")
+        if args.label_free or args.adapter:
+            option = "--label-free scores" if args.label_free else "--adapter changes"
+            raise InputError(f"{option} answers to prompts, and --baseline gives none")
         model, name, crop = None, f"{args.baseline} (no model)", 0.0
     else:
         model, name = _model(args)
@@ -205,8 +206,9 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    if Image.registered_extensions().get(args.out.suffix.lower()) in LOSSY:
-        raise InputError(f"{args.out}: a mask has 255 and 0 alone, which {args.out.suffix} blurs: give a .png")
+    form = Image.registered_extensions().get(args.out.suffix.lower())
+    if form and form not in EXACT:
+        raise InputError(f"{args.out}: {args.out.suffix} does not keep a mask's 255 and 0 as they are: give a .png")
     model, _ = _model(args)
     image = torch.from_numpy(read_image(args.image).copy()).permute(2, 0, 1)
     prompts = _points(args.point) if args.point else _box(args.box or args.tight_box, tight=bool(args.tight_box))
@@ -225,6 +227,8 @@ def _export(args: argparse.Namespace) -> None:
         raise InputError("give --merge FILE, --peft DIR, or both")
     if args.base and not args.peft:
         raise InputError("--base goes with --peft DIR")
+    if args.merge and args.peft and args.merge.resolve().is_relative_to(args.peft.resolve()):
+        raise InputError(f"--merge {args.merge} lies in the folder of --peft, which is the adapter's: give another")
     folder = adapter_folder(args.adapter)
     name = args.model or made_for(folder)
     if args.merge:

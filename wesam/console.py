@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -29,7 +30,23 @@ PROMPT_HELP = (
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line and exit with code 2."""
+    """An ArgumentParser whose errors are one line and exit with code 2, and that takes ``--box -5,-5,20,20``.
+
+    What is empty, as a variable of the shell that is not set, is refused: as a path it would be the current folder.
+    """
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._negative_number_matcher = re.compile(r"-[\d.][\d.,eE+-]*$")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As the base has it."""
+        words = list(sys.argv[1:] if args is None else args)
+        for before, word in zip(["", *words], words, strict=False):
+            if not word or re.fullmatch(r"--[\w-]+=", word):
+                told = word.rstrip("=") or before or "the command"
+                self.error(f"{told} is given nothing: is a variable of the shell not set?")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Prints the message and where to find help, and exits."""
@@ -73,6 +90,8 @@ def json_file(text: str) -> Path:
     try:
         if path.is_dir() or not path.parent.is_dir():
             raise argparse.ArgumentTypeError(f"{text} is a folder, or in one that is not there")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise argparse.ArgumentTypeError(f"cannot write {text}: permission denied")
     except OSError as e:
         raise argparse.ArgumentTypeError(f"cannot write {text[:200]}: {e.strerror}") from None
     return path

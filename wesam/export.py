@@ -11,11 +11,12 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from segment_anything.modeling import ImageEncoderViT, Sam
 
 from wesam.adapters import WEIGHTS_FILE, AdaptedSam, is_adapter
 from wesam.errors import InputError
+from wesam.sam.checkpoints import write_tensors
 
 if TYPE_CHECKING:
     from transformers import SamConfig
@@ -84,7 +85,7 @@ def export_peft(sam: Sam, adapter: Path, out: Path, *, base: bool = False) -> st
     try:
         out.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(str(out))
-        save_file(state, out / WEIGHTS_FILE)
+        write_tensors(state, out / WEIGHTS_FILE)
         if model != hub:
             write_base(sam, out / BASE)
     except OSError as e:
@@ -104,6 +105,8 @@ def write_base(sam: Sam, out: Path) -> None:
     positions = state["prompt_encoder.shared_embedding.positional_embedding"]
     model.load_state_dict({**state, "shared_image_embedding.positional_embedding": positions})
     model.save_pretrained(out)
+    for file in out.glob("*.safetensors"):
+        file.chmod((out / "config.json").stat().st_mode)  # as write_tensors has it
     side, grid = sam.image_encoder.img_size, 4 * sam.prompt_encoder.image_embedding_size[0]
     images = SamImageProcessor(
         size={"longest_edge": side}, pad_size={"height": side, "width": side},

@@ -34,13 +34,15 @@ def overlay(image: Tensor, masks: Tensor, prompts: Prompts | None = None) -> Ima
         cv2.drawContours(pixels, outline, -1, COLOURS[i % len(COLOURS)].tolist(), 1)
     picture = Image.fromarray(pixels)
     if prompts is not None:
-        _draw(ImageDraw.Draw(picture), prompts)
+        _draw(ImageDraw.Draw(picture), prompts, picture.size)
     return picture
 
 
-def _draw(pen: ImageDraw.ImageDraw, prompts: Prompts) -> None:
+def _draw(pen: ImageDraw.ImageDraw, prompts: Prompts, size: tuple[int, int]) -> None:
+    """size: (width, height) of the picture, on whose last pixels a box that ends at its edge is drawn."""
     white = (255, 255, 255)
-    for box in prompts.boxes.tolist() if prompts.boxes is not None else []:
+    last = torch.tensor([*size, *size], dtype=torch.float32) - 1
+    for box in prompts.boxes.clamp(min=0).minimum(last).tolist() if prompts.boxes is not None else []:
         pen.rectangle(box, outline=white)
     for polygon in prompts.polygons or ():
         corners = [tuple(p) for p in polygon.tolist()]

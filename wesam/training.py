@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,17 @@ def run_adapt(args: argparse.Namespace) -> None:
     config = _start(args).replace(_changes(args)).parse(_set(args))
     check_read(config, [config.method])
     checked(domain, config)
+    if args.objective in ("miou", "f1") and not domain.split("val")[0].has_masks:
+        raise InputError(f"--objective {args.objective}: it is not known of {domain.name}, which has no masks on val")
     vanished = _vanished(sam, domain, [config])
-    _ready(args.out, overwrite=args.overwrite)
+    old = _ready(args.out, overwrite=args.overwrite)
+    kept_step = 0
     curve: list[dict[str, float]] = []
     began = time.monotonic()
 
     def watch(report: Report, better: bool) -> None:
+        nonlocal kept_step
+        kept_step = report.step if better else kept_step
         done = f"step {report.step}/{report.steps}"
         if report.val is None:
             line(f"{done}  loss {report.losses['total']:.3f}  {report.seconds:.2f} s/step")
@@ -54,7 +61,8 @@ def run_adapt(args: argparse.Namespace) -> None:
         print(f"{done}  val {what} {value:.3f}  {time.monotonic() - began:.0f} s{kept}", flush=True)
 
     reports = adapt(sam, domain, config, label_free=args.objective == "label-free")
-    best = keep_best(reports, args.out, objective=args.objective, watch=watch)
+    with _place(args.out, old, lambda: kept_step > 0) as folder:
+        best = keep_best(reports, folder, objective=args.objective, watch=watch)
     row = {
         "domain": domain.name, "model": args.model, "method": config.method, "prompt": config.prompt,
         "crop": config.crop, "score": best.val.name(args.objective), "direct": best.direct.value(args.objective),
@@ -168,6 +176,8 @@ def _set(args: argparse.Namespace) -> list[str]:
     for text in args.set:
         if (path := text.partition("=")[0]) in ("method", "prompt", "seed", "crop"):
             raise InputError(f"--set {text}: {path} is not a hyperparameter here; use --{path} (or --methods, --seeds)")
+        if path in ("steps", "max_instances") and getattr(args, path, None) is not None:
+            raise InputError(f"--set {text}: --{path.replace('_', '-')} {getattr(args, path)} is given, too")
     return list(args.set)
 
 
@@ -196,11 +206,33 @@ def _start(args: argparse.Namespace) -> Config:
     return found.replace({"method": args.method, **get_method(args.method).defaults})
 
 
-def _ready(folder: Path, *, overwrite: bool) -> None:
-    """Makes the folder for an adapter; raises InputError if it cannot be written, or holds what would be overwritten.
+@contextmanager
+def _place(out: Path, old: bool, learned: Callable[[], bool]) -> Iterator[Path]:
+    """The folder in which the best adapter is kept until the end of the block: ``out`` itself or, if that has an old
+    one, a folder in it, from which the new one comes into its place at the end.
 
-    overwrite: what is there may go. Its record goes at once, as it would tell of another adapter from the first step;
-    so would what others have written about it, such as a model card, which is not ours to remove.
+    learned: whether the new one is of any use; if not, what ends the block early leaves the old one.
+    """
+    if not old:
+        yield out
+        return
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=out) as folder:
+        whole = False
+        try:
+            yield Path(folder)
+            whole = True
+        finally:
+            if whole or learned():
+                (out / RECORD).unlink(missing_ok=True)  # it would tell of another adapter
+                for file in Path(folder).iterdir():
+                    file.replace(out / file.name)
+
+
+def _ready(folder: Path, *, overwrite: bool) -> bool:
+    """Makes the folder for an adapter; returns whether it has one, which may go.
+
+    Raises InputError if it cannot be written, or holds what would be overwritten: an adapter, if it may not go, or what
+    others have written about one, such as a model card, which is not ours to remove.
     """
     kept = [name for name in (CONFIG_FILE, WEIGHTS_FILE, RECORD) if (folder / name).exists()]
     if kept and not overwrite:
@@ -213,6 +245,6 @@ def _ready(folder: Path, *, overwrite: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (probe := folder / ".probe").touch()
         probe.unlink()
-        (folder / RECORD).unlink(missing_ok=True)
     except OSError as e:
         raise InputError(f"cannot write to {folder}: {e.strerror}") from None
+    return bool(kept)

@@ -169,7 +169,8 @@ def test_a_report_of_a_study_that_has_gone_on_since_says_so(
     plan = json.loads(make_plan({"domains": ["clean"], "name": "s"}, []).to_json())
     result = {
         "study": "s", "run_id": "r", "model": "nano", "prompt": "box", "trials": 4, "steps": 60, "workers": 1,
-        "seed": 0, "seeds": 1, "seconds": 60.0, "gap_between_trials": None, "domains": [{"domain": "clean", "error": "none"}],
+        "seed": 0, "seeds": 1, "seconds": 60.0, "gap_between_trials": None,
+        "domains": [{"domain": "clean", "error": "none"}],
     }  # fmt: skip
     run = tracker.start("s", "study", None, {})
     files = {PLAN: {**plan, "trials": trials}, RESULT: result}

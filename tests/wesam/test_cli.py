@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import pytest
 from PIL import Image
 
 from wesam import AdaptedSam, baseline, load_domain, load_sam
+from wesam.adapters import WEIGHTS_FILE
 from wesam.cli import main
 from wesam.config import LoraConfig
 from wesam.console import program
+from wesam.data import SPLITS
 from wesam.sam import write_weights
 from wesam.sam.nano import Shape, build_nano
+from wesam.training import _place
 
 
 def test_listings(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -99,7 +103,7 @@ def test_an_adapter_is_overwritten_only_when_told_to(
     with monkeypatch.context() as patch:
         patch.setattr("wesam.training.keep_best", stopped)
         assert main([*command, "--overwrite"]) == 130
-    assert not (out / "adaptation.json").exists(), "it tells of the adapter of before"
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == before
     assert main([*command, "--overwrite"]) == 0
     assert (out / "adaptation.json").is_file()
 
@@ -108,6 +112,42 @@ def test_an_adapter_is_overwritten_only_when_told_to(
     assert main([*command, "--overwrite"]) == 2
     assert f"error: {out} holds README.md, which would tell of another adapter" in capsys.readouterr().err
     assert {f.name: f.read_bytes() for f in out.iterdir()} == before
+
+
+def test_what_ends_early_replaces_an_adapter_only_by_one_that_has_learned_something(tmp_path: Path) -> None:
+    (tmp_path / WEIGHTS_FILE).write_text("old")
+    (tmp_path / "adaptation.json").write_text("of the old one")
+
+    def ended(*, learned: bool) -> None:
+        with _place(tmp_path, old=True, learned=lambda: learned) as folder:
+            (folder / WEIGHTS_FILE).write_text("new")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ended(learned=False)
+    assert {f.name: f.read_text() for f in tmp_path.iterdir()} == {
+        WEIGHTS_FILE: "old", "adaptation.json": "of the old one"
+    }  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        ended(learned=True)
+    assert {f.name: f.read_text() for f in tmp_path.iterdir()} == {WEIGHTS_FILE: "new"}
+
+
+@pytest.mark.parametrize("wrong", [["--objective", "miou"], ["--method", "supervised"]])
+def test_an_adaptation_that_cannot_work_is_refused_before_the_first_step(
+    coco_folder: Path, tmp_path: Path, wrong: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    domain, out = tmp_path / "boxes", tmp_path / "adapter"
+    shutil.copytree(coco_folder, domain)
+    for split in SPLITS:
+        listing = json.loads((domain / f"{split}.json").read_text())
+        for annotation in listing["annotations"]:
+            del annotation["segmentation"]
+            annotation["bbox"] = [55, 10, 25, 30]
+        (domain / f"{split}.json").write_text(json.dumps(listing))
+    assert main(["adapt", "--domain", str(domain), "--out", str(out), "--steps", "1", *wrong]) == 2
+    assert "has no masks on" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_the_model_is_the_one_that_the_adapter_is_for(coco_folder: Path, tmp_path: Path) -> None:
@@ -329,11 +369,18 @@ def test_baselines_are_drawn_from_the_given_labels(small: Path, tmp_path: Path) 
             "--out and --overlay are both {tmp}/m.png",
         ),
         ("predict {tmp}/i.png --box 1,2,3,4 --out {tmp}/m.png --json {tmp}/m.png", "--json and --out are both"),
-        ("predict {tmp}/i.png --box 1,2,3,4 --out {tmp}/m.jpg", "a mask has 255 and 0 alone"),
-        ("predict {tmp}/i.png --box 1,2,3,4 --out {tmp}/m.JPEG", "which .JPEG blurs: give a .png"),
-        ("predict {tmp}/i.png --box 1,2,3,4 --out {tmp}/m.webp", "which .webp blurs: give a .png"),
+        ("predict {tmp}/i.png --box 1,2,3,4 --out {tmp}/m.ico", "does not keep a mask's 255 and 0"),
+        ("predict {tmp}/i.png --box 1,2,3,4 --out {tmp}/m.JPEG", ".JPEG does not keep"),
+        ("predict {tmp}/i.png --box 1,2,3,4 --out {tmp}/m.webp", "give a .png"),
         ("adapt --domain clean --out {tmp}/a --config {tmp}/odd.json --json {tmp}/odd.json", "odd.json is read, and"),
         ("predict {tmp}/deep.png --box 1,2,3,4 --out {tmp}/m.png", "more than 8 bits"),
+        ("adapt --domain clean --out {tmp}/a --steps 2 --set steps=3", "--set steps=3: --steps 2 is given, too"),
+        (
+            "evaluate --domain clean --baseline box --adapter {tmp}/a",
+            "--adapter changes answers to prompts, and --base",
+        ),
+        ("export --adapter {tmp}/a --peft {tmp}/p --merge {tmp}/p/adapter_model.safetensors", "lies in the"),
+        ("evaluate --domain= --prompt box", "--domain is given nothing: is a variable of the shell not set?"),
         ("predict {tmp}/i.png --box 1,2,3,4 --crop 0.5 --out {tmp}/m.png", "crop must be 0"),
         ("evaluate --domain clean --json {tmp}/none/r.json", "in one that is not there"),
         ("adapt --domain clean --out {tmp}/a --set crop=2", "use --crop"),
@@ -360,6 +407,42 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert message.format(tmp=tmp_path) in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_an_argument_that_is_empty_is_no_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["check", ""], ["adapt", "--domain", "clean", "--out", ""]):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert f"error: {arguments[-2]} is given nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prompt", [["--box", "-5,-5,20,15"], ["--point", "-1,3", "8,8"], ["--box=-5.5,-5,20,15"]])
+def test_coordinates_may_be_negative(prompt: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (30, 20)).save(tmp_path / "i.png")
+    code = main(["predict", str(tmp_path / "i.png"), *prompt, "--out", str(tmp_path / "m.png")])
+    assert "expected one argument" not in capsys.readouterr().err
+    assert code in (0, 2)
+
+
+def test_who_may_read_the_other_files_of_an_adapter_may_read_its_weights(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        sam = load_sam("nano")
+        AdaptedSam(sam, LoraConfig()).save(tmp_path / "adapter")
+        write_weights(sam, tmp_path / "w.safetensors")
+    finally:
+        os.umask(before)
+    written = [*(tmp_path / "adapter").iterdir(), tmp_path / "w.safetensors"]
+    assert {oct(f.stat().st_mode)[-3:] for f in written} == {"644"}
+
+
+def test_a_result_that_could_not_be_written_is_known_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # as root, all may be written
+    with pytest.raises(SystemExit, match="2"):
+        main(["domains", "--json", str(tmp_path / "x.json")])
+    assert "x.json: permission denied" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 from wesam.data.files import Folder, leads_out
 from wesam.data.images import MOST_PIXELS
-from wesam.data.listing import Click, Entry, Findings, Given, Size
+from wesam.data.listing import Click, Entry, Findings, Given, Size, told
 from wesam.data.segmentations import LARGEST, packed
 from wesam.errors import InputError
 
@@ -53,7 +53,7 @@ def listed(
     if problem := _no_listing(listing):
         found.fatal.append(f"{path} is not in COCO instances format: {problem}")
         return None
-    before = len(found.fatal)
+    before, so_far = len(found.fatal), len(found.left_out)
     known = _images(path, listing["images"], found)
     instances = _instances(path, listing["annotations"], known, found)
     place = _place(folder, [i["file_name"] for i in known.values()], places)
@@ -66,7 +66,7 @@ def listed(
         if given or all_images or (unlabelled and not listing["annotations"])
     ]
     if not entries and len(found.fatal) == before:
-        found.fatal.append(f"{path} has no image with an instance")
+        found.fatal.append(f"{path} has no image with an instance{told(found.left_out[so_far:])}")
     missing = []
     for entry in entries:
         if entry.name in folder:

@@ -90,8 +90,20 @@ class Folder:
         if self._here is None:
             return sorted(self.sizes)
         found: list[str] = []
-        for parent, folders, files in os.walk(self._here):
-            folders[:] = [f for f in folders if not f.startswith(".") and f != "__MACOSX"]
+        here, entered = os.path.realpath(self._here), set[str]()
+
+        def new(folder: str) -> bool:
+            """Whether it is no link, or one that leads out of the folder, to where none has led yet."""
+            if not os.path.islink(folder):
+                return True
+            real = os.path.realpath(folder)
+            known = real in entered or os.path.commonpath((real, here)) in (real, here)
+            entered.add(real)
+            return not known
+
+        for parent, folders, files in os.walk(self._here, followlinks=True):
+            visible = (f for f in folders if not f.startswith(".") and f != "__MACOSX")
+            folders[:] = [f for f in visible if new(os.path.join(parent, f))]
             base = Path(parent).relative_to(self._here).as_posix()
             found += [f if base == "." else f"{base}/{f}" for f in files if not f.startswith(".")]
             if len(found) > MOST_FILES:

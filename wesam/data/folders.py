@@ -14,7 +14,7 @@ import numpy as np
 from wesam.data.coco import is_listing, listed
 from wesam.data.domain import SPLITS, Domain
 from wesam.data.files import Folder
-from wesam.data.listing import Findings, by_name, domain
+from wesam.data.listing import Entry, Findings, by_name, domain, told
 from wesam.data.pairs import Decode, Pair, digest_of, numbered, read_pairs
 from wesam.data.published import PUBLISHED, Published, every_nth, voc_objects
 from wesam.errors import InputError
@@ -92,9 +92,12 @@ def read_folder(place: str) -> Domain:
         return _one_listing(folder, listings[0], cut)
     if len(listings) > 1:
         raise InputError(f"{place} has several COCO listings: name one of {', '.join(map(folder.path, listings))}")
+    unlike = Findings()
     for images, labels, decode in LABEL_IMAGES:
-        if found := _pairs(folder.names, images, labels):
-            return _label_images(folder, _own_splits(place, found), cut, decode)
+        if found := _pairs(folder.names, images, labels, unlike):
+            return _label_images(folder, _own_splits(place, found), cut, decode, unlike)
+    if unlike.left_out:
+        raise InputError(f"{place} is no domain: no labels have the name of an image{told(unlike.left_out)}")
     raise InputError(
         f"{place} is no domain: it has no train.json, val.json and test.json, no COCO listing, no images/ with labels/ "
         "or masks/ beside it, no JPEGImages/ with SegmentationObject/, and is none of the published data sets "
@@ -109,7 +112,7 @@ def has_layout(place: str) -> bool:
         _listings(folder)
         or any(layout.is_in(folder) for layout in PUBLISHED.values())
         or _loose_listings(folder)
-        or any(_pairs(folder.names, images, labels) for images, labels, _ in LABEL_IMAGES)
+        or any(_pairs(folder.names, images, labels, Findings()) for images, labels, _ in LABEL_IMAGES)
     )
 
 
@@ -184,12 +187,21 @@ def _one_listing(folder: Folder, name: str, cut: Cut | None) -> Domain:
         raise InputError("\n".join(found.fatal))
     digest.update(f"{cut}".encode())
     note = f"COCO instances in {folder.path(name)}, cut at random by seed {cut.seed}"
-    return domain(folder, cut(by_name(entries)), found, digest.hexdigest(), note)
+    return domain(folder, _cut(cut, by_name(entries), found), found, digest.hexdigest(), note)
 
 
-def _label_images(folder: Folder, found: Mapping[str, Sequence[Pair]], cut: Cut | None, decode: Decode) -> Domain:
-    """Images with label images, in folders of their splits or all in one."""
-    findings = Findings()
+def _cut(cut: Cut, entries: Sequence[Entry], found: Findings) -> dict[str, list[Entry]]:
+    """As the cut has it; where there are too few, the error says what is left out, and why."""
+    try:
+        return cut(entries)
+    except InputError as e:
+        raise InputError(f"{e}{told(found.left_out)}") from None
+
+
+def _label_images(
+    folder: Folder, found: Mapping[str, Sequence[Pair]], cut: Cut | None, decode: Decode, findings: Findings
+) -> Domain:
+    """Images with label images, in folders of their splits or all in one; findings: what is known of them already."""
     if cut and len(found) > 1:
         raise InputError(f"{folder.place} has splits of its own: leave the shares away")
     entries = read_pairs(folder, found, decode, findings)
@@ -198,7 +210,7 @@ def _label_images(folder: Folder, found: Mapping[str, Sequence[Pair]], cut: Cut 
         cut = cut or Cut()
         (only,) = entries.values()
         if not findings.fatal or len(only) >= len(SPLITS):
-            entries = cut(only)
+            entries = _cut(cut, only, findings)
         note += f", cut at random by seed {cut.seed}"
     return domain(folder, entries, findings, digest_of(folder, entries), note)
 
@@ -224,8 +236,11 @@ def _read_published(folder: Folder, layout: Published) -> Domain:
     return replace(domain(folder, entries, findings, digest, note, name=layout.name), published=True)
 
 
-def _pairs(names: Iterable[str], top: str, others: Sequence[str]) -> dict[str, list[Pair]]:
+def _pairs(names: Iterable[str], top: str, others: Sequence[str], unlike: Findings) -> dict[str, list[Pair]]:
     """The images with label images, by the split that a folder of theirs names, "" for none.
+
+    unlike: is told of images without labels (of JPEGImages most are), of labels without an image, and of images with
+    the same labels.
 
     top, others: as in LABEL_IMAGES. An image P/images/Q/STEM.png has its labels in P/labels/Q/STEM.png or
     P/masks/Q/STEM.png, or its masks, one for each instance, in the folder P/masks/Q/STEM, in files P/masks/Q/STEM_*,
@@ -245,13 +260,15 @@ def _pairs(names: Iterable[str], top: str, others: Sequence[str]) -> dict[str, l
         places = ["/".join([*parts[:at], other, *parts[at + 1 :]]) for other in others]
         split = next((s for s, known in NAMES_OF_SPLITS.items() if set(known) & set(parts)), "")
         for place in places:
-            if pairs := _paired(images, place, inside):
+            if pairs := _paired(images, place, inside, unlike if top == "images" else Findings()):
                 found.setdefault(split, []).extend(pairs)
                 break
     return found
 
 
-def _paired(images: Sequence[PurePosixPath], place: str, inside: Mapping[str, list[PurePosixPath]]) -> list[Pair]:
+def _paired(
+    images: Sequence[PurePosixPath], place: str, inside: Mapping[str, list[PurePosixPath]], unlike: Findings
+) -> list[Pair]:
     """The images of one folder that have labels in this place."""
     stems = {f.stem for f in images}
     beside = inside.get(place, [])
@@ -266,7 +283,17 @@ def _paired(images: Sequence[PurePosixPath], place: str, inside: Mapping[str, li
     if len(images) == 1 and beside and not own and not any(parts.values()):
         parts[images[0].stem] = [str(f) for f in beside]
     pairs = [Pair(str(f), labels=own.get(f.stem, ""), masks=tuple(parts[f.stem])) for f in images]
-    return [p for p in pairs if p.labels or p.masks]
+    known = [p for p in pairs if p.labels or p.masks]
+    used, first = {n for p in known for n in (p.labels, *p.masks)}, dict[str, str]()
+    if beside or known:
+        alone = (p.image for p in pairs if not (p.labels or p.masks))
+        unlike.left_out += [f"{image}: there are no labels of its name in {place}" for image in alone]
+        strange = (str(f) for f in beside if str(f) not in used)
+        unlike.left_out += [f"{file}: there is no image of its name in {images[0].parent}" for file in strange]
+    for p in known:
+        if (other := first.setdefault(PurePosixPath(p.image).stem, p.image)) != p.image:
+            unlike.fatal.append(f"{other} and {p.image} would have the same labels: leave one of them away")
+    return known
 
 
 def _own_splits(place: str, found: dict[str, list[Pair]]) -> dict[str, list[Pair]]:

@@ -18,7 +18,7 @@ MOST_PIXELS = 150_000_000
 def may_have_size(file: Path, size: tuple[int, int]) -> bool:
     """Whether an image has this (height, width), as it is stored or as its EXIF orientation turns it, by its header.
 
-    Raises InputError if it is none, is too large, or has more than 8 bits a channel.
+    Raises InputError if it is none, is too large, has more than 8 bits a channel, or several pages.
     """
     with _opened(file) as image:
         stored = image.height, image.width
@@ -82,6 +82,31 @@ def _opened(file: Path, deep: bool = False, content: bytes | None = None) -> Ima
     if image.width * image.height > MOST_PIXELS:
         raise InputError(f"{file} has {image.width} x {image.height} pixels, more than {MOST_PIXELS // 10**6} million: "
                          "not read")  # fmt: skip
-    if image.mode.startswith(("I", "F")) and not deep:
+    grey = image.mode.startswith(("I", "F"))
+    if (grey and not deep) or (not grey and _cut_to_8_bits(image)):
         raise InputError(f"{file} has more than 8 bits a channel: save it with 8, scaled as it should be seen")
+    if pages := _pages(image):
+        raise InputError(f"{file} has {pages} pages: save the one that is meant, or each in a file of its own")
     return image
+
+
+def _cut_to_8_bits(image: Image.Image) -> bool:
+    """Whether Pillow would leave away half of each channel's 16 bits, as it does where there are several."""
+    return image.format in ("PNG", "TIFF") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+
+
+def _pages(image: Image.Image) -> int:
+    """How many pages a TIFF has that are as large as the first, as smaller copies of it are not; 0 for no other."""
+    if image.format != "TIFF":
+        return 0
+    size, count = image.size, 0
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for n in range(getattr(image, "n_frames", 1)):
+                image.seek(n)
+                count += image.size == size
+            image.seek(0)
+    except (OSError, SyntaxError, ValueError, EOFError):  # what is wrong with the first is said when it is read
+        image.seek(0)
+    return count if count > 1 else 0

@@ -36,6 +36,16 @@ class Findings:
     """Annotations and images that are not used, and why."""
 
 
+SHOWN = 3
+"""Of what is left out, where a line tells of it."""
+
+
+def told(left_out: Sequence[str]) -> str:
+    """The end of a line: the first of what is left out, and how much there is besides; empty for nothing."""
+    more = f", and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
+    return f"; left out: {'; '.join(left_out[:SHOWN])}{more}" if left_out else ""
+
+
 @dataclass(frozen=True)
 class Given:
     """The weak labels of an instance whose mask is not known."""

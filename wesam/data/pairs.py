@@ -21,7 +21,7 @@ from wesam.data.segmentations import packed_mask
 from wesam.errors import InputError
 from wesam.sam.checkpoints import home
 
-FORMAT = 2
+FORMAT = 3
 """Changes whenever the same files give another index."""
 
 MOST_INSTANCES = 4096
@@ -126,11 +126,22 @@ def _instances(folder: Folder, pair: Pair, decode: Decode) -> tuple[tuple[int, i
         if len(found) > min(MOST_INSTANCES, 2 + numbers.size // 10):
             raise InputError(f"{folder.path(pair.labels)} has {len(found)} different values: it is no label image")
         return (numbers.shape[0], numbers.shape[1]), [numbers == n for n in found if n]
-    masks = [values_of_mask(read_labels(folder.local(name)), name).astype(bool) for name in pair.masks]
+    values = [read_labels(folder.local(name)) for name in pair.masks]
+    if len(values) == 1 and _counts(values[0], pair.masks[0]):  # as Cellpose names its label images
+        (numbers,) = values
+        return (numbers.shape[0], numbers.shape[1]), [numbers == n for n in range(1, int(numbers.max()) + 1)]
+    masks = [values_of_mask(v, name).astype(bool) for v, name in zip(values, pair.masks, strict=True)]
     sizes = {m.shape for m in masks}
     if len(sizes) > 1:
         raise InputError(f"the masks of {folder.path(pair.image)} are not of one size")
     return (masks[0].shape[0], masks[0].shape[1]), [m for m in masks if m.any()]
+
+
+def _counts(values: np.ndarray, name: str) -> bool:
+    """Whether the values are the numbers of several instances, 1, 2, 3 and so on, and not the grey of soft edges."""
+    known = np.unique(values[values != 0])
+    most = len(known)
+    return 1 < most <= MOST_INSTANCES and most != 255 and known[-1] == most and not _is_jpeg(name)
 
 
 def _by_box(shown: np.ndarray, pair: Pair) -> np.ndarray:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 from torch import Tensor
@@ -142,7 +141,7 @@ def write_weights(sam: Sam, path: Path) -> None:
             torch.save(state, path)
         elif path.suffix == ".safetensors":
             nano = str(getattr(sam, "name_or_path", "")).partition("-")[0] == "nano"
-            save_file(state, path, said_shape(shape_of(sam)) if nano else None)
+            checkpoints.write_tensors(state, path, said_shape(shape_of(sam)) if nano else None)
         else:
             raise InputError(f"cannot write {path}: weights are written as .pth or .safetensors")
     except (OSError, RuntimeError, SafetensorError) as e:

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -91,6 +91,14 @@ def own_file(path: Path) -> Path:
     if not path.resolve().is_relative_to(path.parent.resolve()):
         raise InputError(f"{path.name} is a link that leads out of the folder: not read")
     return path
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file; who may read other new files here may read it, though the package asks for less."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(dict(tensors), path, dict(about) if about else None)
+    path.chmod(mode)
 
 
 def read_tensors(
