@@ -100,7 +100,7 @@ def _check(args: argparse.Namespace) -> int:
     if domain:
         keys: dict[str, dict[bytes, str]] = {name: {} for name in domain.splits}
         for name, split in domain.splits.items():
-            rows.append({"split": name, "images": len(split), **_told(name, split, fatal, keys[name])})
+            rows.append({"split": name or "all", "images": len(split), **_told(name, split, fatal, keys[name])})
         line("")
         shared = [told for one, other in combinations(keys, 2) if (told := _shared(one, other, keys))]
     for fault in fatal:

@@ -357,6 +357,13 @@ def test_a_listing_for_each_split_and_its_images_where_they_usually_are(
         load_domain(str(tmp_path / "cells"))
 
 
+def test_a_listing_may_be_called_as_folders_of_splits_are(tmp_path: Path) -> None:
+    listings(tmp_path / "cells", "{}.json", "images/{}")
+    (tmp_path / "cells/val.json").rename(tmp_path / "cells/valid.json")
+    (tmp_path / "cells/images/val").rename(tmp_path / "cells/images/valid")
+    assert [len(load_domain(str(tmp_path / "cells")).split(s)) for s in SPLITS] == [3, 3, 3]
+
+
 def test_one_listing_in_annotations_is_no_split(tmp_path: Path) -> None:
     listings(tmp_path, "annotations/instances_{}.json", "{}", ("train",))
     assert [len(load_domain(str(tmp_path)).split(s)) for s in SPLITS] == [1, 1, 1]
@@ -548,7 +555,7 @@ def test_labels_that_have_no_image_s_name_are_no_layout_and_too_few_images_say_w
     for n in range(4):
         photo(tmp_path / f"a/images/{n}_img.png")
         labels(tmp_path / f"a/masks/{n}_mask.png", 1)
-    with pytest.raises(InputError, match=r"no labels have the name of an image; left out: images/0_img\.png.*, and 5 more"):
+    with pytest.raises(InputError, match=r"have the name of an image; left out: images/0_img\.png.*, and 5 more"):
         load_domain(str(tmp_path / "a"))
     for n in range(4):
         photo(tmp_path / f"b/images/{n}.png")

@@ -139,7 +139,7 @@ def _listings(folder: Folder) -> dict[str, tuple[str, Sequence[str]]]:
     if not PUBLISHED["coco"].is_in(folder):
         forms.append(("annotations/instances_{}2017.json", 2))
     for form, least in forms:
-        names = {s: form.format(s) for s in SPLITS}
+        names = {s: _first(folder, map(form.format, NAMES_OF_SPLITS[s])) for s in SPLITS}
         if sum(name in folder for name in names.values()) >= least:
             return {s: (name, _places(name)) for s, name in names.items()}
     nested = {
@@ -148,6 +148,12 @@ def _listings(folder: Folder) -> dict[str, tuple[str, Sequence[str]]]:
     if not nested:
         return {}
     return {s: (f"{d}/_annotations.coco.json", (f"{d}/",)) for s in SPLITS for d in (nested.get(s, s),)}
+
+
+def _first(folder: Folder, names: Iterable[str]) -> str:
+    """The first of these files that is there; the first one, if none is."""
+    known = list(names)
+    return next((n for n in known if n in folder), known[0])
 
 
 def _loose_listings(folder: Folder) -> list[str]:
