@@ -155,6 +155,7 @@ class DomainSearch(threading.Thread):
             c.board.scores(self.name, best=t.best, paper=t.best if t.reference == "paper" else None)
         if count:
             known = [*map(vars, done), *going_on, *(t.user_attrs for t in ended(self._study, plan).values())]
+            known += _diverged(c.tracker, run.id)
             seen = {name for about in known for name in named(about)}
             catch_up(self._study, plan, done, going_on)
             enqueue(self._study, plan, seen)
@@ -176,6 +177,12 @@ class DomainSearch(threading.Thread):
         self._place.ask()
         self.trials = trials(c.tracker, run.id)
         catch_up(self._study, plan, self.trials, ())  # one that had failed before and was gone on with
+
+
+def _diverged(tracker: Tracker, domain_run: str) -> list[Proposal]:
+    """The search's trials that had diverged before they had a score: they would again."""
+    runs = tracker.each("trial", parent=domain_run)
+    return [json.loads(r.data.tags["wesam.proposal"]) for r in runs if r.data.tags.get("ended") == "diverged"]
 
 
 def past(tracker: Tracker, trial: Trial) -> Past:

@@ -219,8 +219,9 @@ class Plan:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise InputError(f"cannot make {folder} for Optuna's file: {e.strerror}; or give --optuna URL") from None
-        path = str(folder / "optuna.db").replace("%", "%25").replace("?", "%3F")  # it is an address now
-        return f"sqlite:///{path}"
+        from sqlalchemy import URL  # not earlier: it takes a while
+
+        return URL.create("sqlite", database=str(folder / "optuna.db")).render_as_string()
 
     def nearest(self, flat: Mapping[str, Value]) -> dict[str, Value]:
         """The point of the space that is nearest to a configuration: values beyond an end lie on it."""
@@ -258,7 +259,8 @@ class Plan:
 
 _PASSWORDS = (
     r"(://[^:/?#\s]*:)[^/?#\s]*(@)",
-    r"(://[^:/@\s]*:)(?!\d{1,5}/)[^@\s]*(@)",  # with a / in it; but digits before one are a port
+    r"(?<!http)(?<!https)(://[^:/@\s]*:)[^@\s]*(@)",  # with a / in it, as databases take it
+    r"(?<=http|ttps)(://[^:/@\s]*:)(?!\d{1,5}[/?#])[^@\s]*(@)",  # where digits are a port
     r"(?i)([?&][^=&\s]*(?:password|passwd|pwd|secret|token)=)[^&\s]*()",
 )
 

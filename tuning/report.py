@@ -19,7 +19,7 @@ from tuning.opening import opening
 from tuning.plan import WORDS, Plan, checked_name, columns
 from tuning.replay import Past, replay
 from tuning.sampler import BEST_OF, COST_METRICS
-from tuning.study import PLAN, find_study
+from tuning.study import HOURS, PLAN, TOLD, find_study
 from tuning.tracking import Tracker, Trial, trials
 from wesam.errors import InputError
 
@@ -70,7 +70,8 @@ def collect(tracker: Tracker, name: str) -> Collected:
     for row in result["domains"]:
         checked_name(row["domain"], "domain")
     plan, status = Plan.from_json(files[PLAN].decode()), run.info.status
-    since = status in ("RUNNING", "KILLED") or plan.trials != result["trials"]
+    longer = 3600 * run.data.metrics.get(HOURS, 0.0) > result["seconds"] + 3600 * TOLD
+    since = status in ("RUNNING", "KILLED") or plan.trials != result["trials"] or longer
     rows = [row for row in result["domains"] if "error" not in row]
     searched = {
         of: trials(tracker, of) for of in {row["trials_of"] for row in rows}

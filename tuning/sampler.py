@@ -184,7 +184,9 @@ def catch_up(study: optuna.Study, plan: Plan, done: Iterable[Trial], unfinished:
         study.add_trial(frozen(plan.space, point, user_attrs=attrs, **given))
 
     for trial in done:
-        if trial.number not in known and trial.point and trial.ended != "diverged":
+        told = known.get(trial.number)  # of one that was cut and has gone on since, how it was when it was cut
+        cut = told and told.state == TrialState.PRUNED and trial.ended in ("finished", "plateau")
+        if (cut or not told) and trial.point and trial.ended != "diverged":
             values = [trial.best, *(trial.metrics[COST_METRICS[c]] for c in plan.minimize)]
             write(trial.number, trial.point, state=TrialState.COMPLETE, values=values)
     for number, point in going_on.items():

@@ -97,7 +97,7 @@ def _go_on(plan: Plan, before: Plan, tracker: Tracker, stored: Stored) -> dict[s
     if plan.trials < before.trials:
         raise InputError(f"the study {plan.name!r} has {before.trials} trials per domain: it can have more, not fewer")
     enlarged = any(getattr(plan, k) > getattr(before, k) for k in BUDGET)
-    if stored.info.status == "FINISHED" and not enlarged and not _has_failed_midway(tracker, stored):
+    if stored.info.status == "FINISHED" and not enlarged and not _is_lacking(tracker, stored):
         raise InputError(
             f"the study {plan.name!r} is finished: python -m tuning report {plan.name} --out DIR shows it, "
             f"and python -m tuning resume {plan.name} --trials N enlarges it"
@@ -105,10 +105,12 @@ def _go_on(plan: Plan, before: Plan, tracker: Tracker, stored: Stored) -> dict[s
     return _study(plan, tracker, stored)
 
 
-def _has_failed_midway(tracker: Tracker, study: Stored) -> bool:
-    """Whether some trial failed after a checkpoint, from which it can be gone on with."""
+def _is_lacking(tracker: Tracker, study: Stored) -> bool:
+    """Whether some trial failed after a checkpoint, from which it can be gone on with, or some domain has no result."""
     domains = tracker.find("domain", parent=study.info.run_id)
-    return any(failed_midway(t) for d in domains for t in tracker.find("trial", parent=d.info.run_id))
+    return any(d.info.status != "FINISHED" for d in domains) or any(
+        failed_midway(t) for d in domains for t in tracker.each("trial", parent=d.info.run_id)
+    )
 
 
 def _plan(tracker: Tracker, stored: Stored) -> Plan | None:
@@ -182,7 +184,9 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
         board.say(f"MLflow has its trials, the best first: {trials_page(tracker.uri, run.info.experiment_id)}")
     for domain in domains:
         if domain.left_out:
-            board.say(f"{domain.name}: {len(domain.left_out)} wrong annotations are left out: wesam check lists them")
+            board.say(
+                f"{domain.name}: {len(domain.left_out)} annotations or images are left out: wesam check lists them"
+            )
     searches = [DomainSearch(context, name, given, studies[name], before) for name, given in searched.items()]
     with runtime.stoppable(), held(tracker, run, plan.name, stored), board:
         if stored is not None:  # now that nobody else runs it

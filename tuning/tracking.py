@@ -22,12 +22,12 @@ from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-from urllib.parse import unquote
 
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunInfo, RunTag
 from mlflow.entities import Run as Stored
 from mlflow.exceptions import MlflowException, RestException
+from sqlalchemy.engine import make_url
 
 from tuning.plan import shown
 from tuning.scratch import scratch
@@ -521,8 +521,7 @@ def trials_page(server: str, experiment: str) -> str:
 
 def sqlite_file(uri: str) -> Path | None:
     """The database file that a tracking URI names, if it names one."""
-    rest = uri.removeprefix("sqlite:///")
-    return None if rest == uri else Path(unquote(rest.partition("?")[0])).absolute()
+    return Path(make_url(uri).database or "").absolute() if uri.startswith("sqlite:///") else None
 
 
 def _version(package: str) -> str:

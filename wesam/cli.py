@@ -37,7 +37,7 @@ from wesam.sam import REGISTRY, describe, fetch_model, find_model, load_sam, wri
 SMALL = 0.1
 """Of the image's longer side: instances below it are a few pixels long to a model, as nuclei in microscopy are."""
 
-EXACT = ("PNG", "TIFF", "BMP", "GIF", "PPM", "TGA", "JPEG2000")
+EXACT = ("PNG", "TIFF", "BMP", "DIB", "GIF", "PPM", "PCX", "SGI", "DDS", "IM", "TGA", "JPEG2000")
 """Formats, as Pillow calls them, that keep every pixel of a mask as it is; others blur it, or change its size."""
 
 
@@ -121,7 +121,7 @@ def _check(args: argparse.Namespace) -> int:
             )
     verdict = "unusable" if fatal else "usable"
     disjoint = f", but {len(shared)} pairs of its splits share images" if shared else ""
-    print(f"{args.domain} is {verdict}: {len(fatal)} errors, {len(left_out)} annotations left out{disjoint}")
+    print(f"{args.domain} is {verdict}: {len(fatal)} errors, {len(left_out)} annotations or images left out{disjoint}")
     write_json(
         args.json, {"domain": args.domain, "errors": fatal, "shared": shared, "left_out": left_out, "splits": rows}
     )

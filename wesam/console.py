@@ -8,9 +8,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,9 +44,10 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As the base has it."""
         words = list(sys.argv[1:] if args is None else args)
-        for before, word in zip(["", *words], words, strict=False):
+        for n, word in enumerate(words):
             if not word or re.fullmatch(r"--[\w-]+=", word):
-                told = word.rstrip("=") or before or "the command"
+                options = [w.rstrip("=") for w in words[: n + 1] if w.startswith("--")]
+                told = options[-1] if options else "the command"
                 self.error(f"{told} is given nothing: is a variable of the shell not set?")
         return super().parse_known_args(words, namespace)
 
@@ -53,8 +56,22 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM, as of a job that has had its time, is as good as Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def guarded(run: Callable[[], int | None]) -> int:
-    """Runs a command and returns its exit code: 2 for bad input, a line on stderr for each fault, 130 for Ctrl-C.
+    """Runs a command and returns its exit code: 2 for bad input, a line on stderr for each fault, 130 for Ctrl-C and
+    SIGTERM.
 
     What stdout cannot encode, as in the name of a file that is not UTF-8, is escaped there, as it is on stderr.
     """
@@ -63,7 +80,8 @@ def guarded(run: Callable[[], int | None]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        code = run() or 0
+        with _stoppable():
+            code = run() or 0
         sys.stdout.flush()
     except InputError as e:
         print("\n".join(f"error: {line}" for line in str(e).splitlines()), file=sys.stderr)

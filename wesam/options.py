@@ -6,6 +6,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +16,7 @@ from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE
 from wesam.config import PRESETS, Config, Objective, PromptKind
 from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, json_file, spare_files
 from wesam.data import NOTES, SPLITS, Domain, load_domain, located, parted
-from wesam.data.files import is_address
+from wesam.data.files import Folder, is_address
 from wesam.data.folders import PICTURES, parse_cut
 from wesam.drawings import Drawing
 from wesam.errors import InputError
@@ -267,8 +268,10 @@ def spare_domain(out: Path, domain: str, root: str = "") -> None:
         place = place.parent.parent if place.parent.name == "annotations" else place.parent
         if out.suffix.lower() not in PICTURES:
             return
-    links = [p for p in place.iterdir() if p.is_symlink()] if place.is_dir() else []
-    if any(out.resolve().is_relative_to(p.resolve()) for p in (place, *links)):
+    links: set[Path] = set()
+    with suppress(InputError):  # of a folder of too many files
+        links = Folder(str(place)).places if place.is_dir() else links
+    if any(out.resolve().is_relative_to(p) for p in (place.resolve(), *links)):
         raise InputError(f"{out} lies in the folder of {domain}, and would be overwritten: give another file")
 
 

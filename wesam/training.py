@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
 import sys
 import tempfile
 import time
@@ -30,6 +31,10 @@ from wesam.sam import REGISTRY, load_sam, random_sam
 
 RECORD = "adaptation.json"
 """Beside an adapter when its adaptation is over: what it was made with, and its scores at each step."""
+
+
+NEW = ".new-"
+"""What the folder's name begins with, in that of an old adapter, in which the new one is made."""
 
 
 def run_adapt(args: argparse.Namespace) -> None:
@@ -168,7 +173,11 @@ def _seeds(args: argparse.Namespace) -> range:
 def _changes(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of a configuration whose options are given."""
     fields = ("method", "prompt", "seed", "steps", "crop", "max_instances")
-    return {k: v for k in fields if (v := getattr(args, k, None)) is not None}
+    given = {k: v for k in fields if (v := getattr(args, k, None)) is not None}
+    for text in args.set:
+        if (path := text.partition("=")[0]) in ("steps", "max_instances") and path in given:
+            raise InputError(f"--set {text}: --{path.replace('_', '-')} {given[path]} is given, too")
+    return given
 
 
 def _set(args: argparse.Namespace) -> list[str]:
@@ -176,8 +185,6 @@ def _set(args: argparse.Namespace) -> list[str]:
     for text in args.set:
         if (path := text.partition("=")[0]) in ("method", "prompt", "seed", "crop"):
             raise InputError(f"--set {text}: {path} is not a hyperparameter here; use --{path} (or --methods, --seeds)")
-        if path in ("steps", "max_instances") and getattr(args, path, None) is not None:
-            raise InputError(f"--set {text}: --{path.replace('_', '-')} {getattr(args, path)} is given, too")
     return list(args.set)
 
 
@@ -216,7 +223,7 @@ def _place(out: Path, old: bool, learned: Callable[[], bool]) -> Iterator[Path]:
     if not old:
         yield out
         return
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=out) as folder:
+    with tempfile.TemporaryDirectory(prefix=NEW, dir=out) as folder:
         whole = False
         try:
             yield Path(folder)
@@ -245,6 +252,8 @@ def _ready(folder: Path, *, overwrite: bool) -> bool:
         folder.mkdir(parents=True, exist_ok=True)
         (probe := folder / ".probe").touch()
         probe.unlink()
+        for left in folder.glob(f"{NEW}*"):  # of a process that was killed
+            shutil.rmtree(left)
     except OSError as e:
         raise InputError(f"cannot write to {folder}: {e.strerror}") from None
     return bool(kept)

@@ -328,6 +328,9 @@ def test_a_storage_that_cannot_be_reached_is_one_line(url: str) -> None:
 
 def test_a_password_is_not_told() -> None:
     assert shown("postgresql://me:sec/ret@host/db") == "postgresql://me:***@host/db"
+    assert shown("postgresql://me:123/abc@host/db") == "postgresql://me:***@host/db"
+    assert shown("http://host:5000?x=a@b") == "http://host:5000?x=a@b"
+    assert shown("https://me:sec/ret@host/x") == "https://me:***@host/x"
     assert shown("postgresql://host/db?user=me&password=secret&x=1") == "postgresql://host/db?user=me&password=***&x=1"
     assert shown("sqlite:////home/me/optuna.db") == "sqlite:////home/me/optuna.db"
     assert shown("http://host:8000/cells@70/10/20") == "http://host:8000/cells@70/10/20"
@@ -364,6 +367,22 @@ def test_an_interrupted_study_goes_on_in_optuna(tmp_path: Path) -> None:
     again.on_trial_complete("x", result(0.6, 8))
     assert study.trials[1].value == 0.6
     assert again.suggest("y")["number"] == 8
+
+
+def test_optuna_hears_of_what_the_budget_had_cut_and_has_gone_on_since(tmp_path: Path) -> None:
+    plan = make(tmp_path)
+    search, study, stopped = begin(plan)
+    proposal = search.suggest("a")
+    stopped["a"] = "budget"
+    search.on_trial_complete("a", {**result(0.5, 4), "last": False})
+    done = Trial(
+        number=proposal["number"], run_id="", label="", reference="paper", point=proposal["point"], config={}, best=0.9,
+        best_step=8, step=8, ended="budget", gap=None, metrics={},
+    )  # fmt: skip
+    for ended_by, value in (("budget", 0.5), ("finished", 0.9), ("finished", 0.9)):
+        catch_up(study, plan, [replace(done, ended=ended_by)], ())
+        assert ended(study, plan)[proposal["number"]].value == value
+    assert len(study.trials) == 3, "two references were queued"
 
 
 def test_a_trial_that_was_killed_after_its_last_step_is_confirmed_as_others_are(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from wesam import AdaptedSam, baseline, load_domain, load_sam
 from wesam.adapters import WEIGHTS_FILE
 from wesam.cli import main
 from wesam.config import LoraConfig
-from wesam.console import program
+from wesam.console import guarded, program
 from wesam.data import SPLITS
 from wesam.sam import write_weights
 from wesam.sam.nano import Shape, build_nano
@@ -286,7 +288,7 @@ def test_check_lists_images_that_splits_share(
     assert json.loads((tmp_path / "r.json").read_text())["shared"] == [line]
     told = capsys.readouterr().out
     assert f"shared: {line}\n" in told
-    assert "0 annotations left out, but 1 pairs of its splits share images" in told
+    assert "0 annotations or images left out, but 1 pairs of its splits share images" in told
 
 
 def test_baselines_need_no_model(coco_folder: Path, tmp_path: Path) -> None:
@@ -409,11 +411,23 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert error.count("\n") == 1
 
 
+def test_a_job_that_has_had_its_time_ends_as_with_ctrl_c(capsys: pytest.CaptureFixture[str]) -> None:
+    def end() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert guarded(end) == 130
+    assert capsys.readouterr().err == "stopped\n"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def test_an_argument_that_is_empty_is_no_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["check", ""], ["adapt", "--domain", "clean", "--out", ""]):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
-        assert f"error: {arguments[-2]} is given nothing" in capsys.readouterr().err
+        told = "--out" if "--out" in arguments else "the command"
+        assert f"error: {told} is given nothing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("prompt", [["--box", "-5,-5,20,15"], ["--point", "-1,3", "8,8"], ["--box=-5.5,-5,20,15"]])

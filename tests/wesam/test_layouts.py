@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shutil
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from wesam.cli import main
 from wesam.config import Config
@@ -25,6 +27,7 @@ from wesam.data.folders import Cut, parse_cut
 from wesam.data.images import read_image, read_labels
 from wesam.data.published import PUBLISHED
 from wesam.errors import InputError
+from wesam.options import spare_domain
 
 H, W = 40, 60
 
@@ -580,20 +583,79 @@ def test_folders_may_be_links_but_none_is_entered_twice(tmp_path: Path) -> None:
     (tmp_path / "cells").mkdir()
     for name in ("images", "labels"):
         (tmp_path / "cells" / name).symlink_to(tmp_path / "real" / name)
+    for name in ("one", "two"):  # both are entered
+        (tmp_path / "real/images" / name).symlink_to(tmp_path / "elsewhere")
+    photo(tmp_path / "elsewhere/x.png")
     (tmp_path / "cells/back").symlink_to(tmp_path / "cells")
     (tmp_path / "real/images/up").symlink_to(tmp_path)
     assert Folder(str(tmp_path / "cells")).names == [
         n for n in Folder(str(tmp_path / "real")).names if n.startswith(("images/", "labels/"))
     ]
+    assert {"images/one/x.png", "images/two/x.png"} <= set(Folder(str(tmp_path / "cells")).names)
     assert sum(len(load_domain(str(tmp_path / "cells")).split(s)) for s in SPLITS) == 10
+    for out in (tmp_path / "elsewhere/x.png", tmp_path / "real/labels/a/3.png"):
+        with pytest.raises(InputError, match="lies in the folder of"):
+            spare_domain(out, str(tmp_path / "cells"))
+    spare_domain(tmp_path / "other.png", str(tmp_path / "cells"))
 
 
-@pytest.mark.parametrize("name", ["colour.png", "colour.tif"])
+def test_what_lies_in_a_place_that_is_not_taken_is_nothing_unlike(tmp_path: Path) -> None:
+    for n in range(4):
+        photo(tmp_path / f"images/{n}.png")
+        labels(tmp_path / f"masks/{n}.png", 1)
+    labels(tmp_path / "labels/legend.png", 1)
+    assert load_domain(str(tmp_path)).left_out == ()
+
+
+@pytest.mark.parametrize("name", ["colour.png", "colour.tif", "colour.ppm", "planes.tif"])
 @pytest.mark.parametrize("labelled", [False, True])
 def test_colours_of_16_bits_are_refused(tmp_path: Path, name: str, labelled: bool) -> None:
-    cv2.imwrite(str(tmp_path / name), np.full((H, W, 3), 4000, np.uint16))
+    pixels = np.full((H, W, 3), 4000, np.uint16)
+    if name == "planes.tif":
+        tifffile(tmp_path / name, pixels)
+    else:
+        cv2.imwrite(str(tmp_path / name), pixels)
     with pytest.raises(InputError, match="more than 8 bits a channel"):
         read_labels(tmp_path / name) if labelled else read_image(tmp_path / name)
+
+
+def tifffile(file: Path, pixels: np.ndarray) -> None:
+    """A TIFF of 16 bits a channel, plane after plane and not compressed, which Pillow does not write."""
+    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1)).astype("<u2")
+    size = planes[0].nbytes
+    entries = [
+        (256, 3, 1, W), (257, 3, 1, H), (258, 3, 3, 134), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 3, 140),
+        (277, 3, 1, 3), (278, 3, 1, H), (279, 4, 3, 152), (284, 3, 1, 2),
+    ]  # fmt: skip
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(struct.pack("<HHII", *e) for e in entries)
+    rest = struct.pack("<I3H3I3I", 0, 16, 16, 16, *(164 + n * size for n in range(3)), *[size] * 3)
+    assert len(head + rest) == 164
+    file.write_bytes(head + rest + planes.tobytes())
+
+
+@pytest.mark.parametrize(("tag", "value", "pages"), [(254, 4, 0), (254, 1, 0), (254, 0, 2), (259, 33005, 0)])
+def test_a_page_that_is_a_mask_or_cannot_be_read_is_no_second_image(
+    tmp_path: Path, tag: int, value: int, pages: int
+) -> None:
+    """As what shows what is transparent, a copy of the same size, or a page of a compression that is not known."""
+    page, other = Image.fromarray(np.full((H, W), 9, np.uint8)), TiffImagePlugin.ImageFileDirectory_v2()
+    other[254] = value if tag == 254 else 0
+    with TiffImagePlugin.AppendingTiffWriter(out := io.BytesIO(), True) as writer:
+        page.save(writer, format="TIFF")
+        writer.newFrame()
+        page.save(writer, format="TIFF", tiffinfo=other)
+        writer.newFrame()
+    content = out.getvalue()
+    if tag == 259:
+        entry = struct.pack("<HHI", 259, 3, 1)
+        at = content.rindex(entry) + len(entry)
+        content = content[:at] + struct.pack("<H", value) + content[at + 2 :]
+    (tmp_path / "x.tif").write_bytes(content)
+    if pages:
+        with pytest.raises(InputError, match="2 pages"):
+            read_image(tmp_path / "x.tif")
+    else:
+        assert (read_image(tmp_path / "x.tif") == 9).all()
 
 
 def test_a_stack_is_refused_and_a_smaller_copy_of_the_image_is_none(tmp_path: Path) -> None:

@@ -90,25 +90,31 @@ class Folder:
         if self._here is None:
             return sorted(self.sizes)
         found: list[str] = []
-        here, entered = os.path.realpath(self._here), set[str]()
-
-        def new(folder: str) -> bool:
-            """Whether it is no link, or one that leads out of the folder, to where none has led yet."""
-            if not os.path.islink(folder):
-                return True
-            real = os.path.realpath(folder)
-            known = real in entered or os.path.commonpath((real, here)) in (real, here)
-            entered.add(real)
-            return not known
-
         for parent, folders, files in os.walk(self._here, followlinks=True):
             visible = (f for f in folders if not f.startswith(".") and f != "__MACOSX")
-            folders[:] = [f for f in visible if new(os.path.join(parent, f))]
+            folders[:] = [f for f in visible if not self._leads_back(parent, f)]
             base = Path(parent).relative_to(self._here).as_posix()
             found += [f if base == "." else f"{base}/{f}" for f in files if not f.startswith(".")]
             if len(found) > MOST_FILES:
                 raise InputError(f"{self.place} holds more than {MOST_FILES} files: name the folder of one domain")
         return sorted(found)
+
+    def _leads_back(self, parent: str, folder: str) -> bool:
+        """Whether it is a link to one of the folders that it lies in, or to what one of them lies in."""
+        link = Path(parent, folder)
+        if not link.is_symlink():
+            return False
+        assert self._here is not None
+        real, above = os.path.realpath(link), [link.parent]
+        while above[-1] != self._here:
+            above.append(above[-1].parent)
+        return any(os.path.commonpath((real, os.path.realpath(a))) == real for a in above)
+
+    @property
+    def places(self) -> set[Path]:
+        """Where its files really are, those too of folders that are links; of one on this machine."""
+        assert self._here is not None
+        return {(self._here / folder).resolve() for folder in {PurePosixPath(n).parent for n in self.names}}
 
     @cached_property
     def sizes(self) -> dict[str, int]:

@@ -92,12 +92,14 @@ def read_folder(place: str) -> Domain:
         return _one_listing(folder, listings[0], cut)
     if len(listings) > 1:
         raise InputError(f"{place} has several COCO listings: name one of {', '.join(map(folder.path, listings))}")
-    unlike = Findings()
+    strange: list[str] = []
     for images, labels, decode in LABEL_IMAGES:
+        unlike = Findings()
         if found := _pairs(folder.names, images, labels, unlike):
             return _label_images(folder, _own_splits(place, found), cut, decode, unlike)
-    if unlike.left_out:
-        raise InputError(f"{place} is no domain: no labels have the name of an image{told(unlike.left_out)}")
+        strange += unlike.left_out
+    if strange:
+        raise InputError(f"{place} is no domain: no labels have the name of an image{told(strange)}")
     raise InputError(
         f"{place} is no domain: it has no train.json, val.json and test.json, no COCO listing, no images/ with labels/ "
         "or masks/ beside it, no JPEGImages/ with SegmentationObject/, and is none of the published data sets "
@@ -258,6 +260,7 @@ def _pairs(names: Iterable[str], top: str, others: Sequence[str], unlike: Findin
             file = PurePosixPath(name)
             inside.setdefault(str(file.parent), []).append(file)
     found: dict[str, list[Pair]] = {}
+    strange: list[str] = []
     for where, images in inside.items():
         parts = where.split("/")
         if top not in parts:
@@ -266,9 +269,16 @@ def _pairs(names: Iterable[str], top: str, others: Sequence[str], unlike: Findin
         places = ["/".join([*parts[:at], other, *parts[at + 1 :]]) for other in others]
         split = next((s for s, known in NAMES_OF_SPLITS.items() if set(known) & set(parts)), "")
         for place in places:
-            if pairs := _paired(images, place, inside, unlike if top == "images" else Findings()):
+            own = Findings()
+            if pairs := _paired(images, place, inside, own):
                 found.setdefault(split, []).extend(pairs)
+                if top == "images":
+                    unlike.fatal += own.fatal
+                    unlike.left_out += own.left_out
                 break
+            strange += own.left_out
+    if not found:
+        unlike.left_out += strange
     return found
 
 

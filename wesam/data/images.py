@@ -15,6 +15,10 @@ MOST_PIXELS = 150_000_000
 """An image with more is refused before it is decoded."""
 
 
+BITS, KIND, COPY_OR_MASK = 258, 254, 5
+"""Tags of a TIFF's page, its bits a channel and what it is, and of the latter those of a smaller copy and of a mask."""
+
+
 def may_have_size(file: Path, size: tuple[int, int]) -> bool:
     """Whether an image has this (height, width), as it is stored or as its EXIF orientation turns it, by its header.
 
@@ -92,11 +96,18 @@ def _opened(file: Path, deep: bool = False, content: bytes | None = None) -> Ima
 
 def _cut_to_8_bits(image: Image.Image) -> bool:
     """Whether Pillow would leave away half of each channel's 16 bits, as it does where there are several."""
-    return image.format in ("PNG", "TIFF") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
+    tiles = [tile[3] for tile in getattr(image, "tile", ())]
+    if image.format == "TIFF":
+        return max(getattr(image, "tag_v2", {}).get(BITS) or (1,)) > 8
+    return (image.format == "PNG" and any(";16" in str(t) for t in tiles)) or (
+        image.format == "PPM" and any(isinstance(a, int) and a > 255 for t in tiles for a in t)
+    )
 
 
 def _pages(image: Image.Image) -> int:
-    """How many pages a TIFF has that are as large as the first, as smaller copies of it are not; 0 for no other."""
+    """How many pages a TIFF has that are as large as the first, and neither smaller copies of it nor what is
+    transparent; 0 for no other.
+    """
     if image.format != "TIFF":
         return 0
     size, count = image.size, 0
@@ -105,8 +116,8 @@ def _pages(image: Image.Image) -> int:
             warnings.simplefilter("ignore")
             for n in range(getattr(image, "n_frames", 1)):
                 image.seek(n)
-                count += image.size == size
-            image.seek(0)
-    except (OSError, SyntaxError, ValueError, EOFError):  # what is wrong with the first is said when it is read
-        image.seek(0)
+                count += image.size == size and not getattr(image, "tag_v2", {}).get(KIND, 0) & COPY_OR_MASK
+    except Exception:  # Pillow has many for what is no page; what is wrong with the first is said when it is read
+        pass
+    image.seek(0)
     return count if count > 1 else 0

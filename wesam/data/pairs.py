@@ -126,11 +126,12 @@ def _instances(folder: Folder, pair: Pair, decode: Decode) -> tuple[tuple[int, i
         if len(found) > min(MOST_INSTANCES, 2 + numbers.size // 10):
             raise InputError(f"{folder.path(pair.labels)} has {len(found)} different values: it is no label image")
         return (numbers.shape[0], numbers.shape[1]), [numbers == n for n in found if n]
-    values = [read_labels(folder.local(name)) for name in pair.masks]
-    if len(values) == 1 and _counts(values[0], pair.masks[0]):  # as Cellpose names its label images
-        (numbers,) = values
-        return (numbers.shape[0], numbers.shape[1]), [numbers == n for n in range(1, int(numbers.max()) + 1)]
-    masks = [values_of_mask(v, name).astype(bool) for v, name in zip(values, pair.masks, strict=True)]
+    masks = []
+    for name in pair.masks:
+        values = read_labels(folder.local(name))
+        if len(pair.masks) == 1 and _counts(values, name):  # as Cellpose names its label images
+            return (values.shape[0], values.shape[1]), [values == n for n in range(1, int(values.max()) + 1)]
+        masks.append(values_of_mask(values, name).astype(bool))
     sizes = {m.shape for m in masks}
     if len(sizes) > 1:
         raise InputError(f"the masks of {folder.path(pair.image)} are not of one size")
@@ -139,9 +140,10 @@ def _instances(folder: Folder, pair: Pair, decode: Decode) -> tuple[tuple[int, i
 
 def _counts(values: np.ndarray, name: str) -> bool:
     """Whether the values are the numbers of several instances, 1, 2, 3 and so on, and not the grey of soft edges."""
-    known = np.unique(values[values != 0])
-    most = len(known)
-    return 1 < most <= MOST_INSTANCES and most != 255 and known[-1] == most and not _is_jpeg(name)
+    most = int(values.max())
+    if not 1 < most <= MOST_INSTANCES or most == 255 or _is_jpeg(name):
+        return False
+    return np.unique(values).tolist() in (list(range(most + 1)), list(range(1, most + 1)))
 
 
 def _by_box(shown: np.ndarray, pair: Pair) -> np.ndarray:

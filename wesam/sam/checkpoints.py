@@ -95,9 +95,15 @@ def own_file(path: Path) -> Path:
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file; who may read other new files here may read it, though the package asks for less."""
+    there = path.exists()
     path.touch()
     mode = path.stat().st_mode
-    save_file(dict(tensors), path, dict(about) if about else None)
+    try:
+        save_file(dict(tensors), path, dict(about) if about else None)
+    except BaseException:
+        if not there:
+            path.unlink()
+        raise
     path.chmod(mode)
 
 
