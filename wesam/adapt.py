@@ -53,7 +53,7 @@ class Report:
     optimizer: torch.optim.Adam = field(repr=False)
 
     def save(self, directory: Path) -> None:
-        """Writes a checkpoint, an adapter with its optimiser, from which ``resume`` goes on bit by bit."""
+        """Writes a checkpoint, an adapter with its optimiser, from which ``resume`` goes on, on a CPU bit by bit."""
         self.model.save(directory)
         state: dict[str, Tensor] = {"step": torch.tensor(self.step)}
         for i, p in enumerate(self.model.trainable()):
@@ -130,17 +130,18 @@ def train(
 ) -> dict[str, float]:
     """One optimisation step on this worker's part of the batch; each weighted loss and their ``total``.
 
-    Raises FloatingPointError, before any weight is changed, if the loss is not finite.
+    Raises FloatingPointError, before any weight is changed, if the loss is not finite, or its gradient is not.
     """
     parameters = model.trainable()
     optimizer.zero_grad()
     losses = backward(model, batch, method, config)
     with record_function("wesam.optimizer"):
         values = _sum_over_workers(parameters, torch.stack(list(losses.values())))
-        if not values.isfinite().all():
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if not torch.stack([*values, norm]).isfinite().all():
             raise FloatingPointError("loss is not finite")
         if config.optim.clip_norm:
-            torch.nn.utils.clip_grad_norm_(parameters, config.optim.clip_norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, config.optim.clip_norm, norm)
         optimizer.step()
         model.follow(config.teacher.decay)
     return dict(zip(losses, values.tolist(), strict=True))

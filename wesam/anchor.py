@@ -33,7 +33,7 @@ from wesam.sam.promptable import CHUNK, decode, encode, resize
 from wesam.store import Store
 from wesam.views import flip
 
-FORMAT = 2
+FORMAT = 3
 """Changes whenever the same inputs give other answers, or they are kept in another form."""
 
 Flips = tuple[bool, bool]

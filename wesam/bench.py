@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import statistics
 import time
@@ -22,7 +23,7 @@ from wesam.methods import Batch, get_method
 from wesam.prompts import Prompts
 
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "T4": 65e12}
-"""Operations a second in half precision, dense, as NVIDIA states them, by what a GPU's name contains."""
+"""Operations a second in half precision, dense, as NVIDIA states them, by a word of a GPU's name."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def bench_step(
         step()
     median, flop = statistics.median(seconds), counter.get_total_flops()
     name = torch.cuda.get_device_name(device) if gpu else ""
-    chip = next((v for k, v in PEAKS.items() if k in name), None)
+    chip = next((v for k, v in PEAKS.items() if k in re.split(r"[\s-]", name)), None)
     return StepBench(median, flop / 1e12, peak / 2**30, parts, flop / median / chip if chip else None)
 
 

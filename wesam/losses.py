@@ -16,8 +16,10 @@ def focal(logits: Tensor, target: Tensor, alpha: float = 0.8, gamma: float = 2.0
     t = target.float()
     ce = F.binary_cross_entropy_with_logits(logits, t, reduction="none")
     p = logits.sigmoid()
-    weight = alpha * t + (1 - alpha) * (1 - t)
-    return (weight * (p + t - 2 * p * t) ** gamma * ce).mean((1, 2))
+    weight, wrong = alpha * t + (1 - alpha) * (1 - t), p + t - 2 * p * t
+    if gamma < 1:  # at 0 its derivative would be infinite
+        wrong = wrong.clamp(min=1e-6)
+    return (weight * wrong**gamma * ce).mean((1, 2))
 
 
 def dice(logits: Tensor, target: Tensor) -> Tensor:

@@ -77,6 +77,17 @@ class Prompts:
             polygons=None if self.polygons is None else tuple(self.polygons[i] for i in index.tolist()),
         )
 
+    def alike(self) -> list[tuple[Tensor, Self]]:
+        """Groups of prompts with equally many clicks, none of which is NO_CLICK, each with their places, int [M]."""
+        if self.points is None or self.point_labels is None or not (self.point_labels == NO_CLICK).any():
+            return [(torch.arange(len(self)), self)]
+        there = self.point_labels != NO_CLICK
+        first = there.int().argsort(dim=1, descending=True, stable=True)
+        points = self.points.gather(1, first[..., None].expand(-1, -1, 2))
+        labels, counts = self.point_labels.gather(1, first), there.sum(1)
+        groups = [(int(n), (counts == n).nonzero()[:, 0]) for n in counts.unique()]
+        return [(at, replace(self, points=points[at, :n], point_labels=labels[at, :n])) for n, at in groups]
+
     def scaled(self, factor: float) -> Self:
         """The same prompts in an image resized by this factor."""
         return replace(

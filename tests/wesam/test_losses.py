@@ -25,6 +25,14 @@ def test_focal_with_gamma_zero_is_weighted_cross_entropy() -> None:
     assert torch.allclose(L.focal(logits, target, 0.5, 0.0), expected.mean((1, 2)))
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0, 2.0])
+def test_focal_of_a_mask_that_is_as_sure_as_can_be_has_a_gradient(gamma: float) -> None:
+    logits = torch.full((1, 4, 4), 40.0, requires_grad=True)
+    L.focal(logits, torch.ones(1, 4, 4), gamma=gamma).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+
+
 def test_dice_by_hand() -> None:
     logits, target = torch.tensor([[[logit(0.5), logit(0.25)]]]), torch.tensor([[[True, False]]])
     assert L.dice(logits, target).item() == pytest.approx(1 - (2 * 0.5 + 1) / (0.75 + 1 + 1))

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 from argparse import Namespace
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import get_args
 
@@ -37,6 +37,23 @@ KINDS: tuple[PromptKind, ...] = ("box", "point", "coarse")
 @pytest.fixture(scope="module")
 def two() -> Domain:
     return first(load_domain("camouflaged"), train=2, val=1, test=1)
+
+
+def test_no_weight_is_changed_where_a_gradient_is_not_finite(sam: Sam, two: Domain) -> None:
+    config = method_preset("nano", "wesam").replace({"max_instances": 2})
+    batch = draw(Anchor(sam, two.split("train"), "box"), config, 0, METHODS["wesam"])
+    model = AdaptedSam(sam, config.lora)
+
+    def losses(model: AdaptedSam, batch: Batch, config: Config) -> dict[str, torch.Tensor]:
+        return {
+            "odd": (sum(p.sum() for p in model.trainable()) * torch.zeros(len(batch.image))).sqrt()
+        }  # 0, but not its slope
+
+    before = [p.detach().clone() for p in model.trainable()]
+    odd = replace(METHODS["wesam"], losses=losses)
+    with pytest.raises(FloatingPointError):
+        train(model, torch.optim.Adam(model.trainable(), 1e-3), batch, odd, config)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.trainable(), strict=True))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -263,6 +280,9 @@ def test_features_are_drawn_to_their_own_prototype() -> None:
     assert (losses[1] > 3).all()
     empty = to_prototypes(good, torch.zeros_like(left), beside, batch, 0.3)
     assert empty.tolist() == [0.0, 0.0]
+    alone = to_prototypes(good, left[:1], beside[:1], batch_of(prompts[torch.tensor([0])]), 0.3)
+    batch.anchor_features[1] = 0  # of the second the anchor finds nothing: it is nobody's negative
+    assert torch.allclose(to_prototypes(good, left, beside, batch, 0.3), torch.tensor([float(alone), 0.0]))
 
 
 @pytest.mark.parametrize(

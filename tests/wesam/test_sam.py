@@ -10,7 +10,7 @@ from segment_anything.modeling import Sam
 from wesam.config import PromptKind
 from wesam.data import load_domain
 from wesam.evaluate import overlap, predict
-from wesam.prompts import weak_labels
+from wesam.prompts import Prompts, weak_labels
 from wesam.sam.promptable import decode, encode, resize, upscale
 
 
@@ -33,6 +33,24 @@ def test_masks_of_a_batch_equal_segment_anythings_own(sam: Sam, kind: PromptKind
             theirs.append(sam([entry], multimask_output=False)[0])
     assert torch.allclose(ours.logits, torch.cat([t["low_res_logits"][:, 0] for t in theirs]), atol=1e-4)
     assert torch.allclose(ours.iou, torch.cat([t["iou_predictions"][:, 0] for t in theirs]), atol=1e-5)
+
+
+def test_the_answer_to_clicks_does_not_hang_on_what_is_asked_beside_them(sam: Sam) -> None:
+    """Lists of clicks of different lengths, as real ones are, of one image and of two."""
+    samples = [load_domain("clean").split("val")[i] for i in range(2)]
+    own = [weak_labels(s.masks, f"point{n}", s.key) for s, n in zip(samples, (1, 5), strict=True)]  # type: ignore[arg-type]
+    with torch.no_grad():
+        seen = encode(sam, [s.image for s in samples])
+        alone = [decode(sam, seen[i : i + 1], [p]) for i, p in enumerate(own)]
+        both = decode(sam, seen, own)
+    assert torch.allclose(both.logits, torch.cat([a.logits for a in alone]), atol=1e-4)
+    assert torch.allclose(both.iou, torch.cat([a.iou for a in alone]), atol=1e-5)
+    mixed = Prompts.concatenate(own)
+    order = torch.randperm(len(mixed))
+    with torch.no_grad():
+        shuffled = decode(sam, seen[:1], [mixed[order]])
+        first = decode(sam, seen[:1], [own[0]])
+    assert torch.allclose(shuffled.logits[order.argsort()][: len(own[0])], first.logits, atol=1e-4)
 
 
 def test_predict_equals_sam_predictor_on_an_image_that_is_not_square(sam: Sam) -> None:

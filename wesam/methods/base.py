@@ -91,9 +91,9 @@ class Branches:
 
 def branches(model: AdaptedSam, batch: Batch, student: list[Prompts]) -> Branches:
     """Both branches; student: the prompts that the student is given."""
-    with model.autocast():
-        with torch.no_grad():
-            seen = encode(model.teacher, batch.weak)
-            teacher = decode(model.teacher, seen, batch.prompts).logits
+    with model.autocast(), torch.no_grad():
+        seen = encode(model.teacher, batch.weak)
+        teacher = decode(model.teacher, seen, batch.prompts).logits
+    with model.autocast():  # anew: what the first has cast may be of the same weights, and has no gradient
         features = encode(model.sam, batch.strong)
         return Branches(seen, teacher, features, decode(model.sam, features, student).logits)

@@ -6,8 +6,9 @@ neighbours in feature space, and a hierarchical regularisation has the features 
 
 Translated to a promptable SAM: its encoder works in windows on a grid of tokens, to which no further tokens can be
 prepended; the prompts are therefore added to the tokens, the variant "add" that visual prompt tuning (Jia et al., ECCV
-2022) compares: one vector for each place at the input and one for all places at each block. The neighbours that vote
-are cells of the same image, and what is regularised are the features averaged over each prompt's mask.
+2022) compares: one vector for each place at the input and one for all places at each block, which its attention sees
+but, being the bias of the norm before that, not the block's shortcut. The neighbours that vote are cells of the same
+image, and what is regularised are the features averaged over each prompt's mask.
 """
 
 from __future__ import annotations

@@ -68,11 +68,12 @@ def to_prototypes(features: Tensor, labels: Tensor, beside: Tensor, batch: Batch
     mine = F.normalize(L.pooled(features, batch.image, labels), dim=1)
     around = F.normalize(L.pooled(features.detach(), batch.image, beside), dim=1)
     prototypes = F.normalize(batch.anchor_features, dim=1)
-    same = batch.image[:, None] == batch.image[None, :]
-    objects = (mine @ prototypes.T / temperature).masked_fill(~same, -torch.inf)
+    known = prototypes.abs().sum(1) > 0  # one that the anchor finds nothing of has no prototype
+    among = (batch.image[:, None] == batch.image[None, :]) & (known | torch.eye(len(mine), device=mine.device).bool())
+    objects = (mine @ prototypes.T / temperature).masked_fill(~among, -torch.inf)
     ground = (mine * around).sum(1, keepdim=True) / temperature
     loss = torch.cat([objects, ground], 1).logsumexp(1) - objects.diagonal()
-    there = labels.any((1, 2)) & beside.any((1, 2)) & (prototypes.abs().sum(1) > 0)
+    there = labels.any((1, 2)) & beside.any((1, 2)) & known
     return torch.where(there, loss, torch.zeros_like(loss))
 
 

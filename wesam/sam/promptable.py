@@ -65,11 +65,23 @@ def decode_outputs(sam: Sam, embeddings: Tensor, prompts: list[Prompts], count: 
     """The first ``count`` of SAM's four outputs for each prompt: logits [N, count, m, m] and predicted IoU [N, count].
 
     The first output is for prompts that leave no doubt, the other three are for those that do, as a single click.
-    embeddings, prompts: as :func:`decode` has them.
+    embeddings, prompts: as :func:`decode` has them. SAM attends to what is no click, too, of which it adds one itself:
+    those that make lists of clicks equally long are left out, or an answer would hang on what is asked beside it.
     """
-    device = embeddings.device
-    image = torch.tensor([i for i, p in enumerate(prompts) for _ in range(len(p))], device=device)
-    sparse, dense = _embed(sam, Prompts.concatenate(prompts), device)
+    image = torch.tensor([i for i, p in enumerate(prompts) for _ in range(len(p))], dtype=torch.long)
+    groups = Prompts.concatenate(prompts).alike()
+    found = [_decoded(sam, embeddings, image[at], given, count) for at, given in groups]
+    if len(found) == 1:
+        return found[0]
+    order = torch.cat([at for at, _ in groups]).argsort().to(embeddings.device)
+    logits, iou = (torch.cat(parts)[order] for parts in zip(*found, strict=True))
+    return logits, iou
+
+
+def _decoded(sam: Sam, embeddings: Tensor, image: Tensor, prompts: Prompts, count: int) -> tuple[Tensor, Tensor]:
+    """As :func:`decode_outputs`, of prompts with equally many clicks; image: int [N], whose embedding each is for."""
+    image = image.to(embeddings.device)
+    sparse, dense = _embed(sam, prompts, embeddings.device)
     decoder = sam.mask_decoder
     tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
     tokens = torch.cat([tokens.expand(len(image), -1, -1), sparse], 1)
