@@ -15,6 +15,7 @@ from optuna.trial import TrialState
 
 from tuning.entries import Cell
 from tuning.measure import Task
+from tuning.plan import MARGIN
 from tuning.plan import Plan as Study
 from tuning.sampler import ask, frozen, make_sampler
 from tuning.tables import FREE, ON_VAL, Group, Plan
@@ -115,6 +116,7 @@ def work(plan: Plan, group: Group) -> Work:
 
 def _search(plan: Plan, group: Group) -> Generator[list[Wanted], list[Cell], Config]:
     """The configuration that is best on val of so many: the defaults, then what Optuna proposes, one after the other.
+    Of those that are as good but for MARGIN the first is taken, as a study does.
 
     What it proposes depends on the seed and on the results alone: a search that was stopped finds its trials again.
     """
@@ -123,7 +125,7 @@ def _search(plan: Plan, group: Group) -> Generator[list[Wanted], list[Cell], Con
         space=plan.space(group.row, group.prompt),
     )  # fmt: skip
     study = optuna.create_study(direction="maximize", sampler=make_sampler(search, 0))
-    best, score = group.config, float("-inf")
+    tried: list[tuple[float, Config]] = []
     for number in range(1, plan.trials + 1):
         asked = study.ask() if number > 1 else None
         config = search.config(None, ask(asked, search.space) if asked else {})
@@ -133,9 +135,9 @@ def _search(plan: Plan, group: Group) -> Generator[list[Wanted], list[Cell], Con
             study.tell(asked, found)
         elif point := search.point("defaults"):
             study.add_trial(frozen(search.space, point, state=TrialState.COMPLETE, values=[found]))
-        if found > score:
-            best, score = config, found
-    return best
+        tried.append((found, config))
+    best = max(score for score, _ in tried)
+    return next(config for score, config in tried if score >= best - MARGIN)
 
 
 class Known:

@@ -119,7 +119,8 @@ def _about(plan: Plan, cells: Cells) -> str:
     said.append(f"Figures are means{spread}. Checkpoints are chosen by mIoU on val; test chooses nothing.")
     if plan.trials > 1:
         said.append(
-            f"Hyperparameters are the best on val of {plan.trials} trials for each row, domain and kind of label."
+            f"Hyperparameters are the best on val of {plan.trials} trials for each row, domain and kind of label (of "
+            "those that are as good but for a tenth of a point the first: the defaults, where they are among them)."
         )
     if most := plan.base.test_instances:
         said.append(f"Of each image of test at most {most} instances are scored.")

@@ -335,13 +335,13 @@ def test_a_search_begins_with_the_defaults_is_chosen_on_val_and_finds_its_trials
         assert space <= {*get_method("wesam").searched} - {"lora.targets"}
         assert ("loss.tightness" in space) == (prompt == "box")
 
-    def play() -> tuple[list[Wanted], list[Wanted]]:
+    def play(weight: float = 10.0) -> tuple[list[Wanted], list[Wanted]]:
         going, tried = work(plan, group), []
         asked = next(going)
         while asked[0].trial:
             (one,) = asked
             tried.append(one)
-            asked = going.send([cell(group, one.number, best_val=-abs(one.config.optim.lr - 0.002))])
+            asked = going.send([cell(group, one.number, best_val=-weight * abs(one.config.optim.lr - 0.002))])
         return tried, asked
 
     tried, last = play()
@@ -353,6 +353,8 @@ def test_a_search_begins_with_the_defaults_is_chosen_on_val_and_finds_its_trials
         (1, 1, best.config), (2, 2, best.config),
     ]  # fmt: skip
     assert [t.config for t in play()[0]] == [t.config for t in tried]
+    _, last = play(weight=1e-3)
+    assert last[0].config.replace({"seed": 0}) == group.config, "what is as good but for a tenth of a point is the same"
 
 
 @pytest.mark.parametrize(
