@@ -95,6 +95,8 @@ class Target:
             return None
         objective, asked = self._c.plan.objective, self.found["asked_val"]
         others = {option: self.found[f"{n}_val"] for n, (option, _, _) in judge.ways(self._c.plan.base).items()}
+        if asked.name(objective) == "label_free":  # which is another one where masks are cut
+            others = {option: scores for option, scores in others.items() if "tight" not in option}
         return {
             "images": asked.images, "asked": asked.value(objective),
             "others": {option: scores.value(objective) for option, scores in others.items()},

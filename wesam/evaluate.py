@@ -139,7 +139,8 @@ def label_free(masks: Tensor, prompts: Prompts, mirrored: Tensor | None = None, 
     - boxes: IoU of the mask's tight box and the given one, times the same for the mask of the looser box, times IoU of
       the mask and the mirrored one. The first says nothing about what happens inside the box, and would reward masks
       that fill whatever box they are shown, which the second gives away: it asks for a box that the model was not
-      told. The third alone would reward masks that hold nothing, or everything.
+      told. The third alone would reward masks that hold nothing, or everything. Of tight boxes the first and the third
+      are of masks that are cut to them, as they are used; those of the looser box are whole.
     - clicks: the IoU that they let expect, r / (1 + RING * f), where r of the clicks on the object lie in the mask and
       f of those beside it, times IoU of the mask and the mirrored one. Each click is looked for in the mask of that
       half of the clicks in which it is not: a model learns to answer those that it is told, whatever its masks are.
@@ -309,20 +310,17 @@ def measure(
 
 
 def _label_free(model: Sam | HasSam, image: Tensor, given: Prompts, crop: float) -> tuple[Tensor, Tensor]:
-    """The masks for the prompts, and their label-free scores: of tight boxes those of masks that are not cut, since any
-    that is cut to a box fits it.
-    """
-    if given.tight:
-        masks, found = _label_free(model, image, replace(given, tight=False), crop)
-        return _cut(masks, given), found
+    """The masks for the prompts, and their label-free scores."""
     if given.polygons is not None:
         masks, _ = predict(model, image, given, crop=crop)
         return masks, label_free(masks, given)
     size = (int(image.shape[1]), int(image.shape[2]))
-    asked = [given, *less_told(given)]
+    whole = replace(given, tight=False)  # a looser box than a tight one is none
+    asked = [whole, *less_told(whole)]
     own = given.boxes is not None and crop < 2 * LOOSER - 1  # the given box's window has no room for the looser one
     where = torch.cat([windows(p if own else given, size, crop) for p in asked]) if crop else None
     masks, *less = _predict(model, image, Prompts.concatenate(asked), where)[0].chunk(len(asked))
+    masks = _cut(masks, given)
     mirrored, _ = predict(model, flip(image, True, False), given.flipped(True, False, size), crop=crop)
     return masks, label_free(masks, given, flip(mirrored, True, False), less)
 
