@@ -208,7 +208,7 @@ def _study(args: argparse.Namespace, run: Callable[[Any, Any], dict[str, Any]]) 
     served = uri.startswith("http")
     if not served:
         print(f"  {program('mlflow')} ui --backend-store-uri {quote(uri)}")
-    print(f"  open {trials_page(uri if served else LOCAL, result['experiment_id'])}")
+    print(f"  in a browser: {trials_page(uri if served else LOCAL, result['experiment_id'])}")
     if found:
         print(f"  {program('python')} -m tuning best {found} --out {found}-adapter{option}")
     failed = [r for r in result["domains"] if "error" in r]

@@ -84,9 +84,11 @@ def _verdict(tracker: Tracker, parent: str, direct: float) -> Verdict:
     best = next((t for t in searched if t.number == number), None)
     again = [t for t in found[SEED] if best and t.of == best.number]
     score = statistics.mean(t.best for t in again or [best]) if best else direct
-    count = len(begun(tracker.each("trial", parent=parent)))
-    hours = sum(r.data.metrics.get("gpu_hours", 0.0) for r in tracker.each("trial", parent=parent))
-    return Verdict(searched, count, hours, best, final, again, score > direct + MARGIN, found[SUPERVISED])
+    numbers, hours = set[str](), 0.0
+    for run in tracker.each("trial", parent=parent):  # a page at a time
+        numbers |= begun([run])
+        hours += run.data.metrics.get("gpu_hours", 0.0)
+    return Verdict(searched, len(numbers), hours, best, final, again, score > direct + MARGIN, found[SUPERVISED])
 
 
 def _row(c: Context, run: Run, target: Target, verdict: Verdict) -> Row:

@@ -72,16 +72,16 @@ def collect(tracker: Tracker, name: str) -> Collected:
     plan, status = Plan.from_json(files[PLAN].decode()), run.info.status
     longer = 3600 * run.data.metrics.get(HOURS, 0.0) > result["seconds"] + 3600 * TOLD
     since = status in ("RUNNING", "KILLED") or plan.trials != result["trials"] or longer
-    rows = [row for row in result["domains"] if "error" not in row]
-    searched = {
-        of: trials(tracker, of) for of in {row["trials_of"] for row in rows}
-    }  # a joint search is of all domains
-    pasts = {of: [past(tracker, t) for t in found] for of, found in searched.items()}
-    parts = [
-        Part(read(tracker, row, searched[of]), pasts[of], tracker.files(row["run_id"], "").get(PICTURE))
-        for row in rows
-        for of in (row["trials_of"],)
-    ]
+    searched: dict[str, tuple[list[Trial], list[Past]]] = {}
+    parts = []
+    for row in result["domains"]:
+        if "error" not in row:
+            parent = row["trials_of"]  # one for all domains of a joint search
+            if parent not in searched:
+                found = trials(tracker, parent)
+                searched[parent] = found, [past(tracker, t) for t in found]
+            known, pasts = searched[parent]
+            parts.append(Part(read(tracker, row, known), pasts, tracker.files(row["run_id"], "").get(PICTURE)))
     held = {r["domain"]: registry.champion(tracker, r["domain"]) for r in result["domains"]}
     champions = {domain: entry.version for domain, entry in held.items() if entry}
     return Collected(result, plan, dict(run.data.tags), parts, champions, since)

@@ -83,10 +83,12 @@ def test_of_finalists_the_second_training_decides_too(monkeypatch: pytest.Monkey
         SEED: [role(1, 1, 0.69), role(1, 2, 0.72), role(2, 1, 0.695)], SUPERVISED: [trial(1, 0.75)],
     }  # fmt: skip
     monkeypatch.setattr("tuning.conclusion.trials_by_role", lambda tracker, run: found)
-    monkeypatch.setattr("tuning.conclusion.begun", lambda runs: {"1", "2", "3", "4"})
-    tracker: Any = SimpleNamespace(each=lambda *given, **options: ())
+    runs = [
+        SimpleNamespace(data=SimpleNamespace(tags={"wesam.trial": n}, metrics={"gpu_hours": 0.5})) for n in "12334"
+    ]  # the fourth has failed, the third had to be begun twice
+    tracker: Any = SimpleNamespace(each=lambda *given, **options: runs)
     verdict = _verdict(tracker, "", 0.6)
-    assert verdict.begun == 4
+    assert (verdict.begun, verdict.hours) == (4, 2.5)
     assert verdict.best == found[None][0]
     assert [t.best for t in verdict.again] == [0.69, 0.695]
     assert verdict.chosen == verdict.best
