@@ -139,8 +139,10 @@ def label_free(masks: Tensor, prompts: Prompts, mirrored: Tensor | None = None, 
     - boxes: IoU of the mask's tight box and the given one, times the same for the mask of the looser box, times IoU of
       the mask and the mirrored one. The first says nothing about what happens inside the box, and would reward masks
       that fill whatever box they are shown, which the second gives away: it asks for a box that the model was not
-      told. The third alone would reward masks that hold nothing, or everything. Of tight boxes the first and the third
-      are of masks that are cut to them, as they are used; those of the looser box are whole.
+      told. The third alone would reward masks that hold nothing, or everything.
+    - tight boxes: the mean of the same three, where the first and the third are of masks that are cut to the box, as
+      they are used, and those of the looser box are whole. What the cut leaves differs little, and in a product each
+      factor would add its noise to the others.
     - clicks: the IoU that they let expect, r / (1 + RING * f), where r of the clicks on the object lie in the mask and
       f of those beside it, times IoU of the mask and the mirrored one. Each click is looked for in the mask of that
       half of the clicks in which it is not: a model learns to answer those that it is told, whatever its masks are.
@@ -150,9 +152,11 @@ def label_free(masks: Tensor, prompts: Prompts, mirrored: Tensor | None = None, 
         return overlap(masks, prompts.filled((masks.shape[1], masks.shape[2])))[0]
     if prompts.boxes is not None:
         given = prompts.boxes.double()
-        score = _box_iou(tight_boxes(masks).double(), given)
-        for looser in less:
-            score = score * _box_iou(tight_boxes(looser).double(), given)
+        parts = [_box_iou(tight_boxes(m).double(), given) for m in (masks, *less)]
+        if prompts.tight:
+            parts += [] if mirrored is None else [_same(masks, mirrored)]
+            return torch.stack(parts).mean(0)
+        score = torch.stack(parts).prod(0)
     else:
         score = _expected_by_clicks(masks, prompts, less)
     return score if mirrored is None else score * _same(masks, mirrored)
