@@ -45,7 +45,7 @@ def test_where_a_joint_winner_loses_on_val_the_domain_keeps_the_model_as_it_is(m
     registered: list[str] = []
     monkeypatch.setattr(judge, "judged", lambda task, adapters: dict.fromkeys(adapters, scores))
     monkeypatch.setattr(judge, "picture", lambda *given: b"")
-    monkeypatch.setattr(conclusion, "_drawings", lambda c, row: {})
+    monkeypatch.setattr(conclusion, "_drawings", lambda c, row, searched: {})
     monkeypatch.setattr(Scores, "of", lambda images: Scores(2, 2, 0.65, 0.7))
 
     def promote(tracker: Any, domain: str, *given: Any) -> tuple[int, str]:
@@ -57,7 +57,7 @@ def test_where_a_joint_winner_loses_on_val_the_domain_keeps_the_model_as_it_is(m
         number=3, run_id="r", label="searched", reference=None, point={}, config={"steps": "8"}, best=0.05,
         best_step=8, step=8, ended="finished", gap=None, metrics={},
     )  # fmt: skip
-    verdict = Verdict([best], 16, best, [], [], True, [])
+    verdict = Verdict([best], 16, 0.5, best, [], [], True, [])
     reached = {"val_miou.a": 0.7, "val_miou.b": 0.55}
     tracker = SimpleNamespace(files=lambda *given: {}, at=lambda run, name, step: reached[name])
     context: Any = SimpleNamespace(plan=plan("mean"), tracker=tracker)
