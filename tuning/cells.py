@@ -13,9 +13,9 @@ import optuna
 from mlflow.entities import Run as Stored
 from optuna.trial import TrialState
 
+from tuning.confirm import winner
 from tuning.entries import Cell
 from tuning.measure import Task
-from tuning.plan import MARGIN
 from tuning.plan import Plan as Study
 from tuning.sampler import ask, frozen, make_sampler
 from tuning.tables import FREE, ON_VAL, Group, Plan
@@ -116,7 +116,7 @@ def work(plan: Plan, group: Group) -> Work:
 
 def _search(plan: Plan, group: Group) -> Generator[list[Wanted], list[Cell], Config]:
     """The configuration that is best on val of so many: the defaults, then what Optuna proposes, one after the other.
-    Of those that are as good but for MARGIN the first is taken, as a study does.
+    It is chosen as a study does it (:func:`tuning.confirm.winner`).
 
     What it proposes depends on the seed and on the results alone: a search that was stopped finds its trials again.
     """
@@ -125,7 +125,8 @@ def _search(plan: Plan, group: Group) -> Generator[list[Wanted], list[Cell], Con
         space=plan.space(group.row, group.prompt),
     )  # fmt: skip
     study = optuna.create_study(direction="maximize", sampler=make_sampler(search, 0))
-    tried: list[tuple[float, Config]] = []
+    tried: dict[int, Config] = {}
+    scores: dict[int, float] = {}
     for number in range(1, plan.trials + 1):
         asked = study.ask() if number > 1 else None
         config = search.config(None, ask(asked, search.space) if asked else {})
@@ -135,9 +136,10 @@ def _search(plan: Plan, group: Group) -> Generator[list[Wanted], list[Cell], Con
             study.tell(asked, found)
         elif point := search.point("defaults"):
             study.add_trial(frozen(search.space, point, state=TrialState.COMPLETE, values=[found]))
-        tried.append((found, config))
-    best = max(score for score, _ in tried)
-    return next(config for score, config in tried if score >= best - MARGIN)
+        tried[number], scores[number] = config, found
+    chosen = winner(scores, {}, float("-inf"))
+    assert chosen is not None
+    return tried[chosen]
 
 
 class Known:

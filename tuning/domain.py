@@ -155,7 +155,7 @@ class DomainSearch(threading.Thread):
             c.board.scores(self.name, best=t.best, paper=t.best if t.reference == "paper" else None)
         if count:
             known = [*map(vars, done), *going_on, *(t.user_attrs for t in ended(self._study, plan).values())]
-            known += _diverged(c.tracker, run.id)
+            known += [] if self._before is None else _diverged(c.tracker, run.id)
             seen = {name for about in known for name in named(about)}
             catch_up(self._study, plan, done, going_on)
             enqueue(self._study, plan, seen)

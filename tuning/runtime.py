@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
@@ -10,7 +9,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from types import FrameType
+from contextlib import AbstractContextManager
 from typing import Any
 
 import optuna
@@ -20,6 +19,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.tune.experiment import Trial
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from wesam import console
 from wesam.errors import InputError
 
 
@@ -87,19 +87,9 @@ def _task_failed(self: RayActorManager, tracked_actor_task: Any, exception: Exce
 STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
-@contextlib.contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable() -> AbstractContextManager[None]:
     """What is asked to end gets a KeyboardInterrupt, also by SIGTERM, for which Ray has set a handler of its own."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {s: signal.signal(s, interrupt) for s in STOPPING}
-    try:
-        yield
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+    return console.stoppable(*STOPPING)
 
 
 def stop() -> None:

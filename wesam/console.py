@@ -57,16 +57,17 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextmanager
-def _stoppable() -> Iterator[None]:
-    """SIGTERM, as of a job that has had its time, is as good as Ctrl-C."""
+def stoppable(*numbers: signal.Signals) -> Iterator[None]:
+    """These signals are as good as Ctrl-C until the end of the block; only the main thread can say so."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {n: signal.signal(n, signal.default_int_handler) for n in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def guarded(run: Callable[[], int | None]) -> int:
@@ -80,7 +81,7 @@ def guarded(run: Callable[[], int | None]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        with _stoppable():
+        with stoppable(signal.SIGTERM):  # as of a job that has had its time
             code = run() or 0
         sys.stdout.flush()
     except InputError as e:
