@@ -214,7 +214,7 @@ def warmup(step: int, config: Config) -> float:
 
 def draw(anchor: Anchor, config: Config, step: int, method: Method, rank: int = 0, world: int = 1) -> Batch:
     """This worker's images of a step; a function of seed and step alone, so nothing is lost by a restart."""
-    size = config.optim.batch_size
+    size, device = config.optim.batch_size, anchor.sam.pixel_mean.device
     weak, strongs, prompts, noisy = [], [], [], []
     masks: list[Tensor] = []
     features: list[Tensor] = []
@@ -229,7 +229,7 @@ def draw(anchor: Anchor, config: Config, step: int, method: Method, rank: int = 
         chosen = torch.randperm(len(item.prompts), generator=generator)[: config.max_instances]
         coins = torch.rand(2, generator=generator) < 0.5
         flips = (bool(coins[0]), bool(coins[1])) if config.views.flip else (False, False)
-        view = flip(item.image, *flips)
+        view = flip(item.image, *flips).to(device)  # colours are changed there: on a CPU it can take as long as a step
         answer = anchor.answer(place, flips)
         weak.append(view)
         strongs.append(strong(view, config.views.strength, generator))
@@ -240,7 +240,6 @@ def draw(anchor: Anchor, config: Config, step: int, method: Method, rank: int = 
         image.append(torch.full((len(chosen),), len(image)))
         if method.needs_masks:
             truths.append(anchor.truth(place, flips, chosen))
-    device = anchor.sam.pixel_mean.device
     all_masks = torch.cat(masks).to(device)
     stride = anchor.sam.image_encoder.img_size / all_masks.shape[-1]
     truth = torch.cat(truths).to(device) if truths else None

@@ -14,7 +14,7 @@ def flip(image: Tensor, horizontal: bool, vertical: bool) -> Tensor:
 
 
 def strong(image: Tensor, strength: float, generator: Generator) -> Tensor:
-    """A photometric change of an image, uint8 [3, H, W] -> the same; geometry stays.
+    """A photometric change of an image, uint8 [3, H, W] -> the same, on the device where it is; geometry stays.
 
     Each of posterize, equalize, sharpen, solarize, brightness with contrast, and shadow is applied with probability
     one half. strength: 0 changes nothing, 1 is the usual size of each change, 2 twice that.
@@ -48,7 +48,7 @@ def _mix(a: Tensor, b: Tensor, share: float) -> Tensor:
 def _shadow(image: Tensor, depth: float, angle: float, offset: float) -> Tensor:
     """Darkens the part of the image on one side of a line, by ``depth`` of its brightness."""
     h, w = image.shape[1:]
-    y, x = torch.linspace(-1, 1, h)[:, None], torch.linspace(-1, 1, w)[None, :]
+    y, x = (torch.linspace(-1, 1, n, device=image.device) for n in (h, w))
     angle_t = torch.tensor(angle)
-    side = (x * angle_t.cos() + y * angle_t.sin() > offset).float()
+    side = (x * angle_t.cos() + y[:, None] * angle_t.sin() > offset).float()
     return (image * (1 - depth * side)).to(torch.uint8)

@@ -44,3 +44,9 @@ def test_flips_are_their_own_inverse() -> None:
         assert not torch.equal(flip(IMAGE, *flips), IMAGE)
         assert torch.equal(flip(flip(IMAGE, *flips), *flips), IMAGE)
     assert flip(IMAGE, False, False) is IMAGE
+
+
+def test_an_image_on_a_device_stays_there() -> None:
+    """Each change runs where the image is: one with a tensor of the CPU in it would be refused."""
+    image = torch.empty(3, 64, 64, dtype=torch.uint8, device="meta")
+    assert {strong(image, 1.0, torch.Generator().manual_seed(i)).device.type for i in range(24)} == {"meta"}
