@@ -11,7 +11,7 @@ from shlex import quote
 from typing import Any
 
 from tuning import DEFAULT_URI, URI_VARIABLE, table_cli
-from tuning.plan import BUDGET, DEMO, KEYS, Lines, check, columns, in_file, make_plan, read_study, shown
+from tuning.plan import BUDGET, DEMO, KEYS, Lines, check, columns, in_file, make_plan, read_study, reason_of, shown
 from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, guarded, json_file, program, spare_files, table, write_json
 from wesam.errors import InputError, at
 from wesam.options import spare_domain
@@ -34,7 +34,7 @@ def _told(args: argparse.Namespace) -> None:
     except Exception as e:
         if not type(e).__module__.startswith("mlflow."):
             raise
-        raise InputError(f"MLflow at {shown(args.tracking_uri)}: {shown(str(e)).splitlines()[0][:200]}") from None
+        raise InputError(f"MLflow at {shown(args.tracking_uri)}: {reason_of(e)}") from None
 
 
 def _parser() -> Parser:

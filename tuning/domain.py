@@ -15,7 +15,7 @@ from tuning import joint, runtime
 from tuning.conclusion import RESULT, Row, conclude
 from tuning.confirm import DIRECT, FINALIST, SEED, SUPERVISED, Confirmation, Proposal, repeated
 from tuning.listener import CHECKPOINT, Listener, read_state
-from tuning.plan import REFERENCES, WORDS, Plan, shown
+from tuning.plan import REFERENCES, WORDS, Plan, reason_of, shown
 from tuning.replay import Past, tell
 from tuning.sampler import catch_up, ended, enqueue, named
 from tuning.schedulers import Stopping, make_scheduler
@@ -71,11 +71,7 @@ class DomainSearch(threading.Thread):
             return
         runs = [t.open() for t in self._targets]
         if c.plan.joint:
-            runs.append(
-                c.tracker.start(self.name, "domain", c.run, self._tags)
-                if self._before is None
-                else c.tracker.reopen(self._before)
-            )
+            runs.append(c.tracker.open(self.name, "domain", c.run, self._tags, self._before))
             runs[-1].use(t.data for t in self._targets)
         try:
             self.rows = self._concluded(runs[-1])
@@ -87,13 +83,13 @@ class DomainSearch(threading.Thread):
             for run in runs:
                 run.close("FINISHED")
         except Exception as e:  # the other searches go on
-            reason = shown(str(e)).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
+            reason = reason_of(e, last=True)
             self.rows = [{"domain": t.name, "error": reason} for t in self._targets]
             if not c.stop.is_set():
                 c.board.say(f"failed: {reason}", self.name)
-                told = shown(traceback.format_exc()).encode()
+                lines = shown(traceback.format_exc()).encode()
                 for run in runs:
-                    run.attach(lambda: {ERROR: told})
+                    run.attach(lambda: {ERROR: lines})
                     run.close("FAILED")
 
     def _is_done(self, before: Stored) -> bool:

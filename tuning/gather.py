@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from tuning.cells import Bench, Known, Wanted, Work, cell_of, work
 from tuning.claim import held, refuse_second
 from tuning.entries import Cell, Cells, check_cells, check_disjoint
 from tuning.measure import Measured, measure
-from tuning.plan import load_domains, shown
+from tuning.plan import load_domains, reason_of
 from tuning.progress import QUIET_SECONDS, clock
 from tuning.scratch import scratch
 from tuning.tables import Group, Plan, groups
@@ -136,7 +135,7 @@ class _Driver:
         self._began = self._said = time.monotonic()
         about = {**environment(), "model": plan.model, "kind": plan.kind}
         before = self._known.table
-        table = tracker.start(plan.name, "table", None, about) if before is None else tracker.reopen(before)
+        table = tracker.open(plan.name, "table", None, about, before)
         self._say(f"table {plan.name!r}: {self._total} cells, {self._kept} of them are known; {slots} at once")
         with runtime.stoppable(), held(tracker, table, plan.name, before, level="table"):
             for left in self._known.left:
@@ -148,8 +147,7 @@ class _Driver:
                         self._start(*self.queue.popleft(), table, need)
                     self._wait()
             except KeyboardInterrupt:
-                for number in runtime.STOPPING:
-                    signal.signal(number, signal.SIG_IGN)  # once is enough
+                runtime.once_is_enough()
                 for ref in self._running:
                     ray.cancel(ref, force=True)
                 runtime.stop()
@@ -164,12 +162,7 @@ class _Driver:
     def _start(self, going: _Going, i: int, cell: Wanted, table: Run, need: Mapping[str, float]) -> None:
         group, name = cell.group, cell.group.name
         if name not in self._rows:
-            before = self._known.rows.get(name)
-            self._rows[name] = (
-                self._tracker.start(name, "row", table, environment())
-                if before is None
-                else self._tracker.reopen(before)
-            )
+            self._rows[name] = self._tracker.open(name, "row", table, environment(), self._known.rows.get(name))
         run = self._tracker.start(cell.name, "cell", self._rows[name], self._bench.told(cell))
         seen = "train, val" + ("" if cell.trial else ", test") if group.row.method else "test"
         run.use([Data(group.domain, load_domain(group.given).digest, group.given)], seen)
@@ -186,7 +179,7 @@ class _Driver:
             try:
                 found: Measured = ray.get(ref)
             except ray.exceptions.RayError as e:
-                why = shown((str(e).strip().splitlines() or [type(e).__name__])[-1])[:200]
+                why = reason_of(e, last=True)
                 run.log(tags={"error": why})
                 run.close("FAILED")
                 self._failed.add(cell.group.name)

@@ -69,21 +69,20 @@ class Segmenter(PythonModel):
         except ValueError as e:  # binascii.Error too
             raise InputError(f"{name} is not in base64: {e}") from None
         image = torch.from_numpy(read_image(Path(name), content=content).copy()).permute(2, 0, 1)
-        found: dict[int, Mask] = {}
-        for places, prompts in read_prompts(given, name):
-            try:
-                prompts.check_on((image.shape[1], image.shape[2]))
-            except InputError as e:
-                raise InputError(f"{name}: {e}") from None
-            masks, iou = predict(self.model, image, prompts)
-            found |= {n: _packed(m.numpy(), float(i)) for n, m, i in zip(places, masks, iou, strict=True)}
-        return [found[n] for n in range(len(found))]
+        prompts = read_prompts(given, name)
+        if prompts is None:
+            return []
+        try:
+            prompts.check_on((image.shape[1], image.shape[2]))
+        except InputError as e:
+            raise InputError(f"{name}: {e}") from None
+        masks, iou = predict(self.model, image, prompts)
+        return [_packed(m.numpy(), float(i)) for m, i in zip(masks, iou, strict=True)]
 
 
-def read_prompts(given: Given, name: str) -> list[tuple[list[int], Prompts]]:
-    """The prompts of an image, those with equally many clicks together, each group after their places in the list.
-
-    Raises InputError, which calls the image by this name, for what is no box or click.
+def read_prompts(given: Given, name: str) -> Prompts | None:
+    """The prompts of an image, None for an empty list; raises InputError, which calls the image by this name, for what
+    is no box, click or polygon.
     """
     if sum(x is not None for x in (given.boxes, given.points, given.polygons)) != 1:
         raise InputError(f"{name} needs boxes, points or polygons, and of these only one")
@@ -95,30 +94,27 @@ def read_prompts(given: Given, name: str) -> list[tuple[list[int], Prompts]]:
         for polygon in given.polygons:
             if len(polygon) < 3 or not _places(polygon):
                 raise InputError(f"{name}: expected a polygon [[x, y], ...] of at least 3 corners, got {polygon}")
-        outlines = Prompts(polygons=tuple(torch.tensor(p, dtype=torch.float32) for p in given.polygons))
-        return [(list(range(len(outlines))), outlines)] if len(outlines) else []
+        outlines = tuple(torch.tensor(p, dtype=torch.float32) for p in given.polygons)
+        return Prompts(polygons=outlines) if outlines else None
     if given.boxes is not None:
         for box in given.boxes:
             if len(box) != 4 or not np.isfinite(box).all() or box[2] <= box[0] or box[3] <= box[1]:
                 raise InputError(f"{name}: expected a box x0, y0, x1, y1 with x1 above x0 and y1 above y0, got {box}")
-        boxes = Prompts(boxes=torch.tensor(given.boxes, dtype=torch.float32), tight=bool(given.tight))
-        return [(list(range(len(boxes))), boxes)] if len(boxes) else []
+        boxes = torch.tensor(given.boxes, dtype=torch.float32)
+        return Prompts(boxes=boxes, tight=bool(given.tight)) if given.boxes else None
     points = given.points or []
     labels = given.labels or [[1] * len(p) for p in points]
     if [len(p) for p in points] != [len(n) for n in labels]:
         raise InputError(f"{name}: labels must have a number for every click of points")
-    groups: dict[int, list[int]] = {}
-    for n, (clicks, marks) in enumerate(zip(points, labels, strict=True)):
+    objects = []
+    for clicks, marks in zip(points, labels, strict=True):
         if not _places(clicks):
             raise InputError(f"{name}: expected clicks [[x, y], ...], got {clicks}")
         if not set(marks) <= {0, 1} or 1 not in marks:
             raise InputError(f"{name}: clicks are labelled 1 (on the object) or 0 (beside it), at least one with 1")
-        groups.setdefault(len(clicks), []).append(n)
-    return [
-        (places, Prompts(points=torch.tensor([points[n] for n in places], dtype=torch.float32),
-                         point_labels=torch.tensor([labels[n] for n in places], dtype=torch.int)))
-        for places in groups.values()
-    ]  # fmt: skip
+        xy, on = torch.tensor([clicks], dtype=torch.float32), torch.tensor([marks], dtype=torch.int)
+        objects.append(Prompts(points=xy, point_labels=on))
+    return Prompts.concatenate(objects) if objects else None
 
 
 def _places(given: list[list[float]]) -> bool:

@@ -20,7 +20,7 @@ from tuning.space import Space, fixed, make_space, space_from_dict, space_to_dic
 from wesam.config import Config, Objective, PromptKind, Value, preset
 from wesam.data import Domain, load_domain, located
 from wesam.drawings import DRAWINGS, DRAWN
-from wesam.errors import InputError, at, one_of
+from wesam.errors import InputError, at, one_of, reason
 from wesam.methods import check_boxes, check_read, checked_method, get_method, method_preset
 from wesam.sam import find_model, model_names
 
@@ -233,14 +233,14 @@ class Plan:
         they begin with have found meanwhile.
         """
 
-        def told(plan: Plan) -> dict[str, Any]:
+        def compared(plan: Plan) -> dict[str, Any]:
             rest = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in (*BUDGET, "run")}
             started = {source.partition("/")[0] for source, _ in rest.pop("warm")}
             searched = {f"space of {path}": axis for path, axis in rest.pop("space").items()}
             optuna = shown(rest.pop("optuna"))
             return {**rest.pop("base").flat(), **searched, **rest, "from": started, "optuna": optuna}
 
-        mine, others = told(self), told(other)
+        mine, others = compared(self), compared(other)
         return next((n for n in mine | others if mine.get(n) != others.get(n)), None)
 
     def to_json(self) -> str:
@@ -270,6 +270,11 @@ def shown(text: str) -> str:
     for pattern in _PASSWORDS:
         text = re.sub(pattern, rf"\1{HIDDEN}\2", text)
     return text
+
+
+def reason_of(error: Exception, *, last: bool = False) -> str:
+    """The first or last line of what an error says, without passwords, and no longer than one reads."""
+    return shown(reason(error, last=last))[:200]
 
 
 def open_address(address: str) -> str:

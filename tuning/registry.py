@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from mlflow.exceptions import MlflowException
 
 from tuning import DEFAULT_URI, URI_VARIABLE
 from tuning.card import About, card, judged_by, score, summary
-from tuning.plan import WORD, WORDS, checked_name, shown
+from tuning.plan import WORD, WORDS, checked_name, reason_of
 from tuning.scratch import scratch
-from tuning.tracking import PARENT, Tracker, begun, sqlite_file
+from tuning.tracking import PARENT, Tracker, begun, pages, sqlite_file
 from wesam import AdaptedSam, load_sam
 from wesam.adapters import ABOUT, CONFIG_FILE, WEIGHTS_FILE, made_for
 from wesam.errors import InputError, unknown
@@ -119,15 +120,9 @@ def champion(tracker: Tracker, domain: str) -> Entry | None:
 
 def champions(tracker: Tracker) -> list[Entry]:
     """All champions, by domain."""
-    names: list[str] = []
-    token = None
-    while True:
-        page = tracker.client.search_registered_models(f"name LIKE '{PREFIX}%'", page_token=token)
-        found = [m.name.removeprefix(PREFIX) for m in page if ALIAS in m.aliases]
-        names += [n for n in found if re.fullmatch(WORD, n)]  # others are no domain's
-        token = page.token
-        if not token:
-            break
+    models = pages(partial(tracker.client.search_registered_models, f"name LIKE '{PREFIX}%'"))
+    found = [m.name.removeprefix(PREFIX) for m in models if ALIAS in m.aliases]
+    names = [n for n in found if re.fullmatch(WORD, n)]  # others are no domain's
     return [e for n in sorted(names) if (e := champion(tracker, n))]
 
 
@@ -205,7 +200,7 @@ def opened(tracking_uri: str | None = None) -> Iterator[Tracker]:
     try:
         yield tracker
     except MlflowException as e:
-        raise InputError(f"MLflow at {tracker.uri}: {shown(str(e)).splitlines()[0][:200]}") from None
+        raise InputError(f"MLflow at {tracker.uri}: {reason_of(e)}") from None
     finally:
         tracker.close()
 

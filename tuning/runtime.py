@@ -20,7 +20,7 @@ from ray.tune.experiment import Trial
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from wesam import console
-from wesam.errors import InputError
+from wesam.errors import InputError, reason
 
 
 def quiet() -> None:
@@ -59,7 +59,7 @@ def start() -> None:
             ray.init(**options)
         except Exception as e:
             where = f"join the Ray cluster at RAY_ADDRESS={address}" if address else "start Ray on this machine"
-            raise InputError(f"cannot {where}: {(str(e).splitlines() or [type(e).__name__])[0]}") from None
+            raise InputError(f"cannot {where}: {reason(e)}") from None
     quiet()  # ray.init sets up its loggers anew
 
 
@@ -80,7 +80,7 @@ _of_tune = RayActorManager._actor_task_failed
 def _task_failed(self: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
     """A worker that Ray has killed for its memory is a lost worker, like others; Tune would end the whole search."""
     if isinstance(exception, RayError) and not isinstance(exception, RayActorError | RayTaskError):
-        exception = RayActorError(error_msg=(str(exception).splitlines() or [type(exception).__name__])[0])
+        exception = RayActorError(error_msg=reason(exception))
     _of_tune(self, tracked_actor_task, exception)
 
 
@@ -90,6 +90,12 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 def stoppable() -> AbstractContextManager[None]:
     """What is asked to end gets a KeyboardInterrupt, also by SIGTERM, for which Ray has set a handler of its own."""
     return console.stoppable(*STOPPING)
+
+
+def once_is_enough() -> None:
+    """From now on nothing that asks this process to end is heard: it is ending."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def stop() -> None:

@@ -14,7 +14,7 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler
 from optuna.storages import RDBStorage
 from optuna.trial import BaseTrial, FixedTrial, FrozenTrial, TrialState, create_trial
 
-from tuning.plan import REFERENCES, Plan, shown
+from tuning.plan import REFERENCES, Plan, reason_of, shown
 from tuning.space import Axis, Space, space_to_dict
 from tuning.storage import PatientStorage, StudyStorage
 from tuning.tracking import Trial
@@ -53,8 +53,7 @@ def open_storage(url: str) -> RDBStorage:
     except ImportError as e:
         raise InputError(f"--optuna {shown(url)} needs a package that is not installed: {e}") from None
     except Exception as e:  # every database has errors of its own
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0].replace(url, shown(url))
-        raise InputError(f"cannot reach the Optuna storage {shown(url)}: {why[:200]}") from None
+        raise InputError(f"cannot reach the Optuna storage {shown(url)}: {reason_of(e)}") from None
 
 
 class _Unhurried(sqlite3.Connection):

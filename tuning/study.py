@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +24,7 @@ from tuning.progress import Board
 from tuning.sampler import open_storage, open_study
 from tuning.target import Context, study_tags
 from tuning.tracking import ROLE, Tracker, trials_page
+from wesam import Domain
 from wesam.config import Config, Value
 from wesam.errors import InputError, unknown
 from wesam.sam import weights_digest
@@ -152,11 +152,7 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
     before: dict[str, Stored] = {}
     if stored is not None:
         before = {r.data.tags["wesam.name"]: r for r in tracker.find("domain", parent=stored.info.run_id)}
-    for domain in domains:
-        if domain.name in before and before[domain.name].data.tags["data"] != domain.digest:
-            raise InputError(f"the data of {domain.name!r} has changed since the study began: start a new study")
-    if stored is not None and stored.data.tags.get("weights", weights := weights_digest(plan.model)) != weights:
-        raise InputError(f"the weights of {plan.model} have changed since the study began: start a new study")
+    _check_unchanged(plan, domains, stored, before)
     storage = open_storage(plan.optuna_url())
     data = {JOINT: joint.digest(domains)} if plan.joint else {d.name: d.digest for d in domains}
     studies = {name: open_study(plan, name, storage, data[name]) for name in searched}
@@ -166,7 +162,7 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
     share = runtime.worker_resources(plan.gpus_per_worker).get("GPU", 1.0)
     spent = stored.data.metrics.get(HOURS, 0.0) if stored else 0.0
     budget = Budget(plan, *_spent(tracker, before.values()), share=share, before=spent)
-    run = tracker.start(plan.name, "study", None, study_tags(plan)) if stored is None else tracker.reopen(stored)
+    run = tracker.open(plan.name, "study", None, study_tags(plan), stored)
     if not before:
         plan = replace(plan, run=run.id)
     if stored is None:
@@ -202,8 +198,7 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
                 time.sleep(0.5)
         except KeyboardInterrupt:
             board.say("stopping; finished trials are kept")
-            for number in runtime.STOPPING:
-                signal.signal(number, signal.SIG_IGN)  # once is enough
+            runtime.once_is_enough()
             # in a thread: if Ray has been asked to end as well, it does not answer
             threading.Thread(target=leaving.tell, args=(plan.name,), daemon=True).start()
             deadline = time.monotonic() + GRACE
@@ -217,22 +212,38 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
             runtime.stop()  # before the last records, which a server that is away can hold up
             tracker.close("KILLED")
             raise
-    rows = [row for s in searches for row in s.rows]
-    gaps = [t.gap for s in searches for t in s.trials if t.gap is not None]
-    result = {
-        "study": plan.name, "run_id": run.id, "tracking_uri": tracker.uri, "experiment_id": run.info.experiment_id,
-        "model": plan.model,
-        "prompt": plan.base.prompt, "trials": plan.trials, "steps": plan.base.steps, "workers": plan.workers,
-        "seed": plan.base.seed, "seeds": plan.seeds, "seconds": round(3600 * budget.hours(), 1),
-        "gpu_hours": round(budget.gpu_hours(), 4),
-        "gap_between_trials": {"median": statistics.median(gaps), "max": max(gaps)} if gaps else None,
-        "domains": rows,
-    }  # fmt: skip
+    result = _result(context, searches)
     run.attach(lambda: {RESULT: json.dumps(result, indent=2).encode()})
-    run.log({HOURS: budget.hours()} | ({"gap_between_trials": statistics.median(gaps)} if gaps else {}))
-    run.close("FAILED" if any("error" in r for r in rows) else "FINISHED")
+    gap = result["gap_between_trials"]
+    run.log({HOURS: budget.hours()} | ({"gap_between_trials": gap["median"]} if gap else {}))
+    run.close("FAILED" if any("error" in r for r in result["domains"]) else "FINISHED")
     tracker.flush()
     return result
+
+
+def _check_unchanged(
+    plan: Plan, domains: Sequence[Domain], stored: Stored | None, before: Mapping[str, Stored]
+) -> None:
+    """Raises InputError if data or weights are not those with which the study was begun."""
+    for domain in domains:
+        if domain.name in before and before[domain.name].data.tags["data"] != domain.digest:
+            raise InputError(f"the data of {domain.name!r} has changed since the study began: start a new study")
+    if stored is not None and stored.data.tags.get("weights", weights := weights_digest(plan.model)) != weights:
+        raise InputError(f"the weights of {plan.model} have changed since the study began: start a new study")
+
+
+def _result(context: Context, searches: Sequence[DomainSearch]) -> dict[str, Any]:
+    """What a finished study says, as :data:`RESULT` and ``--json`` have it."""
+    plan, tracker, run, budget = context.plan, context.tracker, context.run, context.budget
+    gaps = [t.gap for s in searches for t in s.trials if t.gap is not None]
+    return {
+        "study": plan.name, "run_id": run.id, "tracking_uri": tracker.uri, "experiment_id": run.info.experiment_id,
+        "model": plan.model, "prompt": plan.base.prompt, "trials": plan.trials, "steps": plan.base.steps,
+        "workers": plan.workers, "seed": plan.base.seed, "seeds": plan.seeds,
+        "seconds": round(3600 * budget.hours(), 1), "gpu_hours": round(budget.gpu_hours(), 4),
+        "gap_between_trials": {"median": statistics.median(gaps), "max": max(gaps)} if gaps else None,
+        "domains": [row for s in searches for row in s.rows],
+    }  # fmt: skip
 
 
 def _spent(tracker: Tracker, domains: Iterable[Stored]) -> tuple[float, float]:

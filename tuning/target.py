@@ -52,12 +52,7 @@ class Target:
 
     def open(self) -> Run:
         """Begins the domain's run, or goes on with it."""
-        tracker = self._c.tracker
-        self.run = (
-            tracker.start(self.name, "domain", self._c.run, self.tags)
-            if self.before is None
-            else tracker.reopen(self.before)
-        )
+        self.run = self._c.tracker.open(self.name, "domain", self._c.run, self.tags, self.before)
         self.run.use([self.data])
         return self.run
 

@@ -27,9 +27,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunInfo, RunTag
 from mlflow.entities import Run as Stored
 from mlflow.exceptions import MlflowException, RestException
+from mlflow.store.entities import PagedList
 from sqlalchemy.engine import make_url
 
-from tuning.plan import shown
+from tuning.plan import reason_of, shown
 from tuning.scratch import scratch
 from wesam.config import Config, Value
 from wesam.data import NOTES, parted
@@ -116,7 +117,7 @@ class Tracker:
             self.client = MlflowClient(uri, uri)
             self.client.search_experiments(max_results=1)
         except Exception as e:  # every store has errors of its own
-            raise InputError(f"cannot reach MLflow at {self.uri}: {_first_line(e)}") from None
+            raise InputError(f"cannot reach MLflow at {self.uri}: {reason_of(e)}") from None
 
     def _experiment(self, name: str) -> str:
         """The id of the experiment of this name, which is made if there is none."""
@@ -131,14 +132,8 @@ class Tracker:
 
     def _experiments(self) -> list[str]:
         """The ids of all that studies are in."""
-        found: list[str] = []
-        token = None
-        while True:
-            page = self.client.search_experiments(filter_string=f"name LIKE '{EXPERIMENT}%'", page_token=token)
-            found += [e.experiment_id for e in page if e.name.split("/")[0] == EXPERIMENT]
-            token = page.token
-            if not token:
-                return found
+        found = pages(partial(self.client.search_experiments, filter_string=f"name LIKE '{EXPERIMENT}%'"))
+        return [e.experiment_id for e in found if e.name.split("/")[0] == EXPERIMENT]
 
     def later(self, write: Callable[[], T]) -> Future[T]:
         """Has the thread do this after all that it was given before; ``.result()`` waits for it."""
@@ -177,6 +172,10 @@ class Tracker:
 
         return self._opened(Run(self, str(run.data.tags["wesam.name"]), self.later(update)))
 
+    def open(self, name: str, level: Level, parent: Run | None, tags: Mapping[str, str], before: Stored | None) -> Run:
+        """The run of before, if there is one, else a new one."""
+        return self.start(name, level, parent, tags) if before is None else self.reopen(before)
+
     def find(self, level: Level, *, parent: str | None = None) -> list[Stored]:
         """The runs at this level, oldest first."""
         return list(self.each(level, parent=parent))
@@ -186,14 +185,9 @@ class Tracker:
         wanted = {"wesam.level": level, PARENT: parent}
         query = " and ".join(f"tags.`{k}` = '{v}'" for k, v in wanted.items() if v is not None)
         experiments = self.ask(self._experiments)
-        token: str | None = None
-        while experiments:
-            search = partial(self.client.search_runs, experiments, query, order_by=["start_time ASC"])
-            page = self.ask(partial(search, page_token=token, max_results=PAGE))
-            yield from page
-            token = page.token
-            if not token:
-                return
+        search = partial(self.client.search_runs, experiments, query, order_by=["start_time ASC"], max_results=PAGE)
+        if experiments:
+            yield from pages(lambda page_token: self.ask(partial(search, page_token=page_token)))
 
     def ask(self, read: Callable[[], T]) -> T:
         """What MLflow answers, without regard to what is still to be written; a server that is away is waited for.
@@ -258,7 +252,7 @@ class Tracker:
             except MlflowException as e:
                 if not _unreachable(e) or self._hurry.is_set():
                     if not reading:
-                        print(f"MLflow has not taken a record: {_first_line(e)}", file=sys.stderr)
+                        print(f"MLflow has not taken a record: {reason_of(e)}", file=sys.stderr)
                     raise
                 if not self._away:
                     print(f"MLflow at {self.uri} does not answer; waiting for it, nothing is lost", file=sys.stderr)
@@ -267,12 +261,12 @@ class Tracker:
                 tries += 1
                 if tries >= (READING if reading else 1 if self._stuck else TRIES) or self._hurry.is_set():
                     if reading:
-                        raise InputError(f"MLflow's artifacts at {self.uri}: {_first_line(e)}") from None
-                    print(f"MLflow has not taken a record: {_first_line(e)}", file=sys.stderr)
+                        raise InputError(f"MLflow's artifacts at {self.uri}: {reason_of(e)}") from None
+                    print(f"MLflow has not taken a record: {reason_of(e)}", file=sys.stderr)
                     self._stuck = True
                     raise
                 if tries == 1:
-                    print(f"MLflow's artifacts: {_first_line(e)}; trying again", file=sys.stderr)
+                    print(f"MLflow's artifacts: {reason_of(e)}; trying again", file=sys.stderr)
             self._hurry.wait(PATIENCE)
 
 
@@ -509,6 +503,15 @@ def _commit() -> str:
     return ""
 
 
+def pages(search: Callable[..., PagedList[T]]) -> Iterator[T]:
+    """All that one of MLflow's searches finds, page by page."""
+    page = search(page_token=None)
+    yield from page
+    while page.token:
+        page = search(page_token=page.token)
+        yield from page
+
+
 def trials_page(server: str, experiment: str) -> str:
     """The address of MLflow's page of an experiment's trials, the best first.
 
@@ -536,8 +539,3 @@ def _unreachable(e: MlflowException) -> bool:
     if isinstance(e, RestException):
         return bool(e.error_code in ("TEMPORARILY_UNAVAILABLE", "RESOURCE_EXHAUSTED"))
     return e.error_code == "TEMPORARILY_UNAVAILABLE" or "API request to" in str(e)
-
-
-def _first_line(e: Exception) -> str:
-    lines = shown(str(e)).splitlines()
-    return lines[0][:200] if lines else type(e).__name__

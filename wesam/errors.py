@@ -9,7 +9,7 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Bad input: the message is one line that names the thing and says what to do.
+    """Bad input: each line of the message names one thing that is wrong and says what to do.
 
     The command lines print it without a traceback and exit with code 2.
     """
@@ -28,9 +28,9 @@ def at(*keys: str) -> Iterator[None]:
         raise
 
 
-def reason(error: Exception) -> str:
-    """The first line of what an error says, or what it is called."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def reason(error: Exception, *, last: bool = False) -> str:
+    """The first or last line of what an error says, or what it is called."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1 if last else 0]
 
 
 def one_of(kind: str, given: str, known: Iterable[str]) -> Any:

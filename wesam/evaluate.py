@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 import torch
 from segment_anything.modeling import Sam
 from torch import Tensor
 
+from wesam.adapters import AdaptedSam
 from wesam.config import Objective, PromptKind
 from wesam.crops import cut, windows
 from wesam.data.domain import Sample
@@ -31,18 +31,6 @@ WINDOWS = 16
 
 AT_ONCE = 2**26
 """Pixels of masks that are made at once, of an image however large: in fp32 a quarter of a GiB."""
-
-
-class HasSam(Protocol):
-    """Anything that wraps a SAM, as an adapted one does."""
-
-    @property
-    def sam(self) -> Sam:
-        """The SAM that predicts."""
-
-    @property
-    def crop(self) -> float:
-        """How it sees a prompt: the ``crop`` of :func:`predict`."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +181,7 @@ def _box_iou(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def predict(
-    model: Sam | HasSam, image: Tensor, prompts: Prompts, *, crop: float | None = None
+    model: Sam | AdaptedSam, image: Tensor, prompts: Prompts, *, crop: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """The masks for the prompts of one image.
 
@@ -209,12 +197,12 @@ def predict(
     return _predict(model, image, prompts, where)
 
 
-def crop_of(model: Sam | HasSam, crop: float | None) -> float:
+def crop_of(model: Sam | AdaptedSam, crop: float | None) -> float:
     """The crop that is asked for or, for None, the model's own."""
     return crop if crop is not None else 0.0 if isinstance(model, Sam) else model.crop
 
 
-def _predict(model: Sam | HasSam, image: Tensor, prompts: Prompts, where: Tensor | None) -> tuple[Tensor, Tensor]:
+def _predict(model: Sam | AdaptedSam, image: Tensor, prompts: Prompts, where: Tensor | None) -> tuple[Tensor, Tensor]:
     """:func:`predict` with each prompt in the window of the same place, int [N, 4]; None shows the whole image."""
     sam = model if isinstance(model, Sam) else model.sam
     masks, iou = _predict_whole(sam, image, prompts) if where is None else _predict_windows(sam, image, prompts, where)
@@ -268,7 +256,7 @@ def _predict_windows(sam: Sam, image: Tensor, prompts: Prompts, where: Tensor) -
 
 
 def evaluate(
-    model: Sam | HasSam,
+    model: Sam | AdaptedSam,
     split: Sequence[Sample],
     prompt: PromptKind,
     *,
@@ -285,7 +273,7 @@ def evaluate(
 
 
 def measure(
-    model: Sam | HasSam,
+    model: Sam | AdaptedSam,
     split: Sequence[Sample],
     prompt: PromptKind,
     *,
@@ -313,7 +301,7 @@ def measure(
     return out
 
 
-def _label_free(model: Sam | HasSam, image: Tensor, given: Prompts, crop: float) -> tuple[Tensor, Tensor]:
+def _label_free(model: Sam | AdaptedSam, image: Tensor, given: Prompts, crop: float) -> tuple[Tensor, Tensor]:
     """The masks for the prompts, and their label-free scores."""
     if given.polygons is not None:
         masks, _ = predict(model, image, given, crop=crop)

@@ -6,6 +6,7 @@ Coordinates are continuous pixels, x to the right and y down: the pixel in colum
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -90,29 +91,22 @@ class Prompts:
 
     def scaled(self, factor: float) -> Self:
         """The same prompts in an image resized by this factor."""
-        return replace(
-            self,
-            boxes=None if self.boxes is None else self.boxes * factor,
-            points=None if self.points is None else self.points * factor,
-            point_labels=self.point_labels,
-            polygons=None if self.polygons is None else tuple(p * factor for p in self.polygons),
-        )
+        return self._moved(lambda xy: xy * factor)
 
     def flipped(self, horizontal: bool, vertical: bool, size: tuple[int, int]) -> Self:
         """The same prompts in an image of this (height, width), mirrored left-right and/or up-down."""
         at = torch.tensor([size[1] if horizontal else 0, size[0] if vertical else 0], dtype=torch.float32)
         sign = torch.tensor([-1.0 if horizontal else 1.0, -1.0 if vertical else 1.0])
+        return self._moved(lambda xy: xy * sign + at)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> Self:
+        """The same prompts where ``move`` takes places, [..., 2] -> [..., 2]."""
         boxes = None
         if self.boxes is not None:
-            corners = self.boxes.reshape(-1, 2, 2) * sign + at
+            corners = move(self.boxes.unflatten(1, (2, 2)))
             boxes = torch.cat([corners.amin(1), corners.amax(1)], 1)
-        return replace(
-            self,
-            boxes=boxes,
-            points=None if self.points is None else self.points * sign + at,
-            point_labels=self.point_labels,
-            polygons=None if self.polygons is None else tuple(p * sign + at for p in self.polygons),
-        )
+        points = None if self.points is None else move(self.points)
+        return replace(self, boxes=boxes, points=points, polygons=self.polygons and tuple(map(move, self.polygons)))
 
     def longer(self, factor: float) -> Self:
         """Boxes whose sides are this many times as long, about the same centres; they may reach beyond the image."""
@@ -186,18 +180,11 @@ class Prompts:
 
     def seen_in(self, window: Tensor) -> Self:
         """The same prompts in the frame of a window (x0, y0, x1, y1) of the image; clicks beside it are taken away."""
-        origin = window[:2].float()
-        labels = self.point_labels
-        if self.points is not None and labels is not None:
+        origin, found = window[:2].float(), self
+        if self.points is not None and self.point_labels is not None:
             beside = ((self.points < window[:2]) | (self.points > window[2:])).any(-1)
-            labels = labels.masked_fill(beside, NO_CLICK)
-        return replace(
-            self,
-            boxes=None if self.boxes is None else self.boxes - origin.repeat(2),
-            points=None if self.points is None else self.points - origin,
-            point_labels=labels,
-            polygons=None if self.polygons is None else tuple(p - origin for p in self.polygons),
-        )
+            found = replace(self, point_labels=self.point_labels.masked_fill(beside, NO_CLICK))
+        return found._moved(lambda xy: xy - origin)
 
     def mask_input(self, size: int, stride: float) -> Tensor:
         """The polygons as SAM's mask input, a cell per ``stride`` pixels: logits [N, 1, size, size], 8 in, -8 out."""
