@@ -48,7 +48,7 @@ class Budget:
             return cost
 
     def gpu_hours(self, *, search: bool = False) -> float:
-        """Those spent until now, running trials included, where there is no GPU hours of workers; search: its alone."""
+        """Those spent until now, running trials included; without GPUs, workers' hours. search: its trials' alone."""
         with self._lock:
             running = sum(self._cost(began) for began, its in self._running.values() if its or not search)
             return self._spent[True] + (0.0 if search else self._spent[False]) + running

@@ -37,11 +37,11 @@ class Verdict:
     best: Trial | None
     """The trial with the best score, as :func:`tuning.confirm.winner` has it, if that is above Direct's."""
     finalists: list[Trial]
-    """Those that were nearly as good, and itself, with one more seed, by which it was chosen."""
+    """The best trial and those nearly as good, trained again with one more seed: the best mean of both is chosen."""
     again: list[Trial]
     """Its configuration with other seeds."""
     beaten: bool
-    """Whether Direct is: by the best trial, and by what it has come to with other seeds."""
+    """Whether Direct is beaten, by the best trial and by the mean of its repetitions."""
     supervised: list[Trial]
 
     @property

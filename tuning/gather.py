@@ -40,10 +40,11 @@ class _Going:
 
 
 def collect(plan: Plan, tracker: Tracker, *, compute: bool = True, cpus: int = 1, gpus: float = 1.0) -> Cells:
-    """All cells of a table by group, as MLflow has them; what it does not have is computed, unless it says otherwise.
+    """All cells of a table by group, as MLflow has them.
 
-    cpus, gpus: of each cell; a GPU only where the cluster has some. Raises InputError, with a line for each cell, if
-    the table must not be made of them.
+    compute: whether those that it does not have are computed; if not, they are faults. cpus, gpus: of each cell; a GPU
+    only where the cluster has some. Raises InputError, with a line for each cell, if the table must not be made of
+    them.
     """
     if faults := check_disjoint(load_domains(plan.domains)):
         raise InputError("\n".join(faults))

@@ -358,6 +358,17 @@ _TYPES = {
 }  # fmt: skip
 
 
+def found_model(model: str) -> str:
+    """The model's name or, of a file, its whole path: workers may have another working directory."""
+    find_model(model)
+    return model if model in model_names() else str(Path(model).resolve())
+
+
+def evaluated_in_time(config: Config) -> Config:
+    """The same, with four evaluations at least."""
+    return config.replace({"eval_every": min(config.eval_every, max(1, config.steps // 4))})
+
+
 def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
     """The plan for these settings (the keys of a study's file) and texts ``path.to.field=value``.
 
@@ -366,9 +377,7 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
     """
     s = settings
     with at("model"):
-        find_model(model := s.get("model", "nano"))
-    if model not in model_names():  # a file: workers may have another working directory
-        model = str(Path(model).resolve())
+        model = found_model(s.get("model", "nano"))
     with at("prompt"):
         prompt = one_of("prompt", s.get("prompt", "box"), get_args(PromptKind))
     given = {str(path): value for path, value in s.get("set", {}).items()}
@@ -390,7 +399,7 @@ def make_plan(settings: Mapping[str, Any], assignments: list[str]) -> Plan:
     changed = base.parse(assignments)
     space = fixed(space, paths)
     if s.get("steps") and "eval_every" not in paths:
-        changed = changed.replace({"eval_every": min(changed.eval_every, max(1, changed.steps // 4))})
+        changed = evaluated_in_time(changed)
     _check_method(changed, space)
     if not space and s.get("trials", 16) > len(REFERENCES):
         raise InputError("nothing is left to search: every hyperparameter has been given a value")

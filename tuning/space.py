@@ -69,7 +69,7 @@ class Axis:
         return FOOT + (1 - FOOT) * share if self.zero else share
 
     def at(self, place: float) -> Value:
-        """The value at a place, beyond whose ends are the ends; what :meth:`place` undoes."""
+        """The value at a place from 0 to 1, the inverse of :meth:`place`; of places outside that of the end."""
         if self.type == "categorical":
             return self.choices[round(min(max(place, 0), 1) * (len(self.choices) - 1))]
         if self.zero and place < FOOT / 2:

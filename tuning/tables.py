@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, get_args
 
-from tuning.plan import STUDY_KEYS, checked_name, load_domains, shared
+from tuning.plan import STUDY_KEYS, checked_name, evaluated_in_time, found_model, load_domains, shared
 from tuning.space import Space, make_space
 from wesam.adapt import checked
 from wesam.config import Config, PromptKind, Value
@@ -15,7 +14,6 @@ from wesam.data import Domain, load_domain, located
 from wesam.drawings import DRAWINGS, Drawing, drawable
 from wesam.errors import InputError, one_of
 from wesam.methods import METHODS, check_read, get_method, method_preset
-from wesam.sam import find_model, model_names
 
 Kind = Literal["methods", "losses", "cross", "modules", "long"]
 
@@ -262,9 +260,7 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """The table of this kind, checked; raises InputError for whatever cannot be run."""
     one_of("table", kind, get_args(Kind))
-    find_model(model)
-    if model not in model_names():  # a file: workers may have another working directory
-        model = str(Path(model).resolve())
+    model = found_model(model)
     for option, number in (("--seeds", seeds), ("--trials", trials)):
         if number < 1:
             raise InputError(f"{option} must be at least 1, got {number}")
@@ -278,7 +274,7 @@ def make_plan(
     given = {k: v for k, v in (("steps", steps), ("crop", crop)) if v is not None}
     base = method_preset(model, "wesam").replace(given)
     if steps and not any(t.startswith("eval_every=") for t in fixed):
-        base = base.replace({"eval_every": min(base.eval_every, max(1, base.steps // 4))})
+        base = evaluated_in_time(base)
     places = tuple(located(str(d), data) for d in domains)
     plan = Plan(
         kind=kind, name=name or f"table-{kind}", domains=places, model=model, prompts=kinds, methods=chosen,  # type: ignore[arg-type]
@@ -293,7 +289,8 @@ def _methods(kind: str, given: Sequence[str] | None) -> tuple[str, ...]:
     if kind == "methods":
         return known or tuple(METHODS)
     if len(known) > 1 or (kind in ("losses", "long") and known not in ((), ("wesam",))):
-        raise InputError(f"--methods: the table {kind} is of {'wesam' if kind != 'cross' else 'one method'} alone")
+        which = "wesam" if kind in ("losses", "long") else "one method"
+        raise InputError(f"--methods: the table {kind} is of {which} alone")
     return known or ("wesam",)
 
 

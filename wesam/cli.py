@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import combinations
 from pathlib import Path
@@ -102,7 +102,7 @@ def _check(args: argparse.Namespace) -> int:
         for name, split in domain.splits.items():
             rows.append({"split": name or "all", "images": len(split), **_told(name, split, fatal, keys[name])})
         line("")
-        shared = [told for one, other in combinations(keys, 2) if (told := _shared(one, other, keys))]
+        shared = [told for one, other in combinations(keys, 2) if (told := told_shared(one, other, keys))]
     for fault in fatal:
         print(f"error: {fault}")
     for fault in shared:
@@ -146,11 +146,6 @@ def _told(name: str, split: Split, fatal: list[str], keys: dict[bytes, str]) -> 
             sides.append((boxes[:, 2:] - boxes[:, :2]).amax(1) / max(sample.image.shape[1:]))
     known = torch.cat(sides)
     return {"instances": instances, "median_side": float(known.median()) if len(known) else None}
-
-
-def _shared(one: str, other: str, keys: Mapping[str, Mapping[bytes, str]]) -> str:
-    """What two splits have in common, in a line; nothing if that is no image."""
-    return told_shared(one, other, [(k, keys[other][d]) for d, k in keys[one].items() if d in keys[other]])
 
 
 def _show(args: argparse.Namespace) -> None:

@@ -81,7 +81,7 @@ class LoraConfig(_Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(_Checked):
-    """Weights and constants of the three losses."""
+    """Weights and constants of the losses of all methods."""
 
     focal: float = _hp(20.0, "weight of the focal loss against the teacher's pseudo labels", 0)
     dice: float = _hp(1.0, "weight of the dice loss against the teacher's pseudo labels", 0)

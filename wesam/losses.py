@@ -1,4 +1,4 @@
-"""The losses of the paper, each a pure function that gives one value per prompt.
+"""The losses of all methods, each a pure function that gives one value per prompt.
 
 N prompts; m x m is SAM's low-resolution mask frame; g x g the embedding's. Logits are float [N, m, m]; targets are
 [N, m, m], bool or in 0..1.

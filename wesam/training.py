@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,17 @@ RECORD = "adaptation.json"
 """Beside an adapter when its adaptation is over: what it was made with, and its scores at each step."""
 
 
+FIELDS = ("method", "prompt", "seed", "steps", "crop", "max_instances")
+"""What of a configuration has options of its own."""
+
 NEW = ".new-"
-"""What the folder's name begins with, in that of an old adapter, in which the new one is made."""
+"""Prefix of the temporary folder, inside that of the old adapter, in which the new one is made."""
 
 
 def run_adapt(args: argparse.Namespace) -> None:
     """Adapts a model to a domain and keeps the adapter that is best on val."""
     sam, domain = load_sam(args.model).to(args.device), given_domain(args)
-    config = _start(args).replace(_changes(args)).parse(_set(args))
+    config = _configured(_start(args), args)
     check_read(config, [config.method])
     checked(domain, config)
     if args.objective in ("miou", "f1") and not domain.split("val")[0].has_masks:
@@ -85,8 +88,7 @@ def run_adapt(args: argparse.Namespace) -> None:
 def run_compare(args: argparse.Namespace) -> None:
     """Compares methods on a domain, over seeds."""
     sam, domain = load_sam(args.model).to(args.device), given_domain(args)
-    changes = _changes(args)
-    configs = {m: method_preset(args.model, m).replace(changes).parse(_set(args)) for m in args.methods}
+    configs = {m: _configured(method_preset(args.model, m), args) for m in args.methods}
     check_read(next(iter(configs.values())), configs)
     _vanished(sam, domain, configs.values())
     row = {
@@ -101,7 +103,7 @@ def run_cross(args: argparse.Namespace) -> None:
     """Adapts with each kind of weak label and scores with each."""
     sam, domain = load_sam(args.model).to(args.device), given_domain(args)
     start = method_preset(args.model, args.method)
-    configs = {k: start.replace({"prompt": k, **_changes(args)}).parse(_set(args)) for k in args.prompts}
+    configs = {k: _configured(start.replace({"prompt": k}), args) for k in args.prompts}
     check_read(next(iter(configs.values())), [args.method])
     _vanished(sam, domain, configs.values())
     rows = cross(sam, domain, configs, _seeds(args), watch=lambda text: print(text, flush=True))
@@ -161,7 +163,7 @@ def _size(args: argparse.Namespace) -> Config:
     for name in ("instances", "batch", "steps"):
         if getattr(args, name, 1) < 1:
             raise InputError(f"--{name} must be at least 1, got {getattr(args, name)}")
-    return preset("paper").parse([f"optim.batch_size={args.batch}", *_set(args)])
+    return _configured(preset("paper").replace({"optim.batch_size": args.batch}), args, ())
 
 
 def _seeds(args: argparse.Namespace) -> range:
@@ -170,22 +172,15 @@ def _seeds(args: argparse.Namespace) -> range:
     return range(args.seeds)
 
 
-def _changes(args: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a configuration whose options are given."""
-    fields = ("method", "prompt", "seed", "steps", "crop", "max_instances")
+def _configured(start: Config, args: argparse.Namespace, fields: Sequence[str] = FIELDS) -> Config:
+    """The configuration with what the options change: these fields' own, and ``--set`` for the others."""
     given = {k: v for k in fields if (v := getattr(args, k, None)) is not None}
-    for text in args.set:
-        if (path := text.partition("=")[0]) in ("steps", "max_instances") and path in given:
-            raise InputError(f"--set {text}: --{path.replace('_', '-')} {given[path]} is given, too")
-    return given
-
-
-def _set(args: argparse.Namespace) -> list[str]:
-    """The assignments of ``--set``, none of which may be of a field that has an option."""
     for text in args.set:
         if (path := text.partition("=")[0]) in ("method", "prompt", "seed", "crop"):
             raise InputError(f"--set {text}: {path} is not a hyperparameter here; use --{path} (or --methods, --seeds)")
-    return list(args.set)
+        if path in ("steps", "max_instances") and path in given:
+            raise InputError(f"--set {text}: --{path.replace('_', '-')} {given[path]} is given, too")
+    return start.replace(given).parse(args.set)
 
 
 def _vanished(sam: Sam, domain: Domain, configs: Iterable[Config]) -> int:

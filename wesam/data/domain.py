@@ -163,11 +163,6 @@ class Domain:
         whole = self.split(name)
         return Split(len(whole), lambda i: whole[i].only(most)) if most else whole
 
-    def shared(self, one: str, other: str) -> list[tuple[str, str]]:
-        """The keys of the images that two splits have in common, pixel by pixel; reads all of both."""
-        mine = {pixels_digest(s): s.key for s in self.split(one)}
-        return [(mine[found], s.key) for s in self.split(other) if (found := pixels_digest(s)) in mine]
-
     def check(self, config: Config, *, tested: bool = False) -> None:
         """Raises InputError if it lacks the labels that this configuration trains on or is scored with; tested: on
         test, too.
@@ -189,8 +184,12 @@ class Domain:
         return 0 if config.crop or config.prompt == "grid" else self.split("train").small(side)
 
 
-def told_shared(one: str, other: str, both: Sequence[tuple[str, str]]) -> str:
-    """A line about images that two splits have in common, of which the keys are given; empty if there are none."""
+def told_shared(one: str, other: str, pixels: Mapping[str, Mapping[bytes, str]]) -> str:
+    """A line about the images that two splits have in common, pixel by pixel; empty if there are none.
+
+    pixels: of each split the images' keys by :func:`pixels_digest`.
+    """
+    both = [(key, pixels[other][digest]) for digest, key in pixels[one].items() if digest in pixels[other]]
     if not both:
         return ""
     first, second = both[0]
