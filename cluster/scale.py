@@ -1,33 +1,48 @@
 """Lets an autoscaling cluster grow before a study, which counts only what is there when it begins.
 
-As in ``python cluster/scale.py --gpus 8 -- python -m tuning run study.yaml``.
+As in ``python cluster/scale.py --gpus 8 -- python -m tuning run study.yaml``. The autoscaler knows one request for all
+that runs on the cluster. It is the sum of what is asked for by those that are still there; each has an entry in Ray's
+store of keys.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import ray
+from ray._private.state import jobs
 from ray.autoscaler.sdk import request_resources
+from ray.experimental.internal_kv import (
+    _internal_kv_del,
+    _internal_kv_get,
+    _internal_kv_list,
+    _internal_kv_put,
+)
 
 POLL = 5.0
 """Seconds between two looks at the cluster."""
 
+NAMESPACE = b"wesam.scale"
+"""Where in Ray's store of keys the entries are: a driver's job id -> how many of which resource it asks for."""
+
 
 def grow(kind: str, count: int, patience: float) -> int:
-    """Asks for so many CPUs, or GPUs with a CPU each, and waits for them; returns how many are there in the end.
+    """Asks for so many CPUs, or GPUs with a CPU each, beside what others have asked for, and waits for all of them.
 
-    The request stays until :func:`release`: workers that are lost are replaced.
+    Returns how many are there in the end. The request stays until :func:`release`: workers that are lost are replaced.
     """
-    request_resources(bundles=[{"CPU": 1, kind: 1}] * count)
+    _internal_kv_put(_own(), json.dumps({kind: count}).encode(), namespace=NAMESPACE)
+    wanted = ask()[kind]
     deadline = time.monotonic() + patience
-    while (have := int(ray.cluster_resources().get(kind, 0))) < count:  # type: ignore[no-untyped-call]
+    while (have := int(ray.cluster_resources().get(kind, 0))) < wanted:  # type: ignore[no-untyped-call]
         if time.monotonic() > deadline:
             break
         time.sleep(POLL)
@@ -35,8 +50,22 @@ def grow(kind: str, count: int, patience: float) -> int:
 
 
 def release() -> None:
-    """Takes the request back: what is idle then ends."""
-    request_resources(bundles=[])
+    """Takes the request back: what is idle, and nobody else has asked for, then ends."""
+    _internal_kv_del(_own(), namespace=NAMESPACE)
+    ask()
+
+
+def ask() -> Counter[str]:
+    """Asks the autoscaler for what those want that are still there, and forgets the others; how much that is."""
+    there = {job["JobID"].encode() for job in jobs() if not job["IsDead"]}  # type: ignore[no-untyped-call]
+    wanted: Counter[str] = Counter()
+    for driver in _internal_kv_list(b"", namespace=NAMESPACE):
+        if driver not in there:  # it was killed
+            _internal_kv_del(driver, namespace=NAMESPACE)
+        elif entry := _internal_kv_get(driver, namespace=NAMESPACE):
+            wanted.update(json.loads(entry))
+    request_resources(bundles=[{"CPU": 1, kind: 1} for kind, count in wanted.items() for _ in range(count)])
+    return wanted
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,23 +74,30 @@ def main(arguments: list[str] | None = None) -> int:
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--gpus", type=int, metavar="N", help="that the cluster is to have, with a CPU each")
     size.add_argument("--cpus", type=int, metavar="N", help="that the cluster is to have")
+    size.add_argument("--release", action="store_true", help="only take back what killed commands had asked for")
     parser.add_argument(
         "--wait", type=float, default=1200, metavar="S", help="begin with what is there after so long (default: 1200)"
     )
-    parser.add_argument("command", nargs="+", metavar="COMMAND")
+    parser.add_argument("command", nargs="*", metavar="COMMAND")
     args = parser.parse_args(arguments)
+    if args.release:
+        with _joined():
+            left = ask()
+        print(f"asked for now: {', '.join(f'{n} {kind}s' for kind, n in left.items()) or 'nothing'}")
+        return 0
     kind, count = ("GPU", args.gpus) if args.gpus is not None else ("CPU", args.cpus)
     if count < 1:
         parser.error("one at least")
-    try:
-        print(f"waiting for {count} {kind}s ...", flush=True)
-        with _joined():
+    if not args.command:
+        parser.error("give the command that is to run, after --")
+    with _joined():  # as long as the command runs: by that others know that the request is still wanted
+        try:
+            print(f"waiting for {count} {kind}s ...", flush=True)
             have = grow(kind, count, args.wait)
-        if have < count:
-            print(f"after {args.wait:.0f} s there are {have} of {count} {kind}s", flush=True)
-        return _run(args.command) if have else 1
-    finally:
-        with _joined():
+            if have < count:
+                print(f"after {args.wait:.0f} s there are {have} of {count} {kind}s", flush=True)
+            return _run(args.command) if have else 1
+        finally:
             release()
 
 
@@ -72,6 +108,11 @@ def _joined() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _own() -> bytes:
+    """This driver's entry."""
+    return str(ray.get_runtime_context().get_job_id()).encode()
 
 
 def _run(command: list[str]) -> int:

@@ -127,6 +127,7 @@ class _Driver:
         if self._known.table is not None:
             refuse_second(tracker, self._known.table)
         runtime.start()
+        runtime.check_nodes(plan.model, plan.domains)
         need = runtime.worker_resources(self._bench.gpus) | {"CPU": self._bench.cpus}
         slots = runtime.room(need)
         if slots < 1:

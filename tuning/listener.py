@@ -137,6 +137,10 @@ class Listener(tune.Callback):
         if trial.trial_id not in self._seen:
             self._begin(trial.config, trial.trial_id)
 
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """A trial has lost its worker, and waits for another: that costs nothing."""
+        self._seen[trial.trial_id].hours += self._budget.end(self._domain.name, trial.trial_id)
+
     def _begin(self, proposal: Mapping[str, Any], trial_id: str) -> None:
         number, name = proposal["number"], name_of(proposal)
         hours = 0.0

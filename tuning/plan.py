@@ -451,10 +451,10 @@ def _check_numbers(settings: Mapping[str, Any], base: Config, space: Space) -> N
                 raise InputError(f"{key} must be above 0, got {settings[key]}")
     with at("gpus_per_worker"):
         share = settings.get("gpus_per_worker", 1)
-        if share > 1 and not float(share).is_integer():
-            raise InputError(f"gpus_per_worker must be a share of one GPU or a whole number of them, got {share}")
+        if share > 1:
+            raise InputError(f"gpus_per_worker must be a share of one GPU, got {share}: workers puts a trial on more")
         if share < 1 and settings.get("workers", 1) > 1:
-            raise InputError(f"workers of one trial need a GPU each: gpus_per_worker must be at least 1, got {share}")
+            raise InputError(f"workers of one trial need a GPU each: gpus_per_worker must be 1, got {share}")
     with at("workers"):
         workers, axis = settings.get("workers", 1), space.get("optim.batch_size")
         sizes = {"set" if axis else "": float(base.optim.batch_size)}  # which the references have
@@ -495,10 +495,21 @@ def checked_name(text: str, what: str) -> str:
     return text
 
 
+def lasting(place: Path, option: str) -> Path:
+    """The whole path; raises InputError, which names the option, if it lies in the folder that Ray makes for a job."""
+    if JOB_FOLDERS in (whole := place.absolute()).parts:
+        raise InputError(f"{option} {place} is in the folder of this Ray job, which Ray deletes: give a lasting place")
+    return whole
+
+
+JOB_FOLDERS = "working_dir_files"
+"""The part of their paths that the working directories of Ray's jobs share."""
+
+
 def _storage(text: str) -> str:
     if "://" in text:
         return open_address(text)
-    folder = Path(text).absolute()
+    folder = lasting(Path(text), "--storage")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:

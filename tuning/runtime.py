@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,11 +17,14 @@ import optuna
 import ray
 from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.tune.experiment import Trial
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from wesam import console
+from wesam.data import place_of
 from wesam.errors import InputError, reason
+from wesam.sam import weights_digest
 
 
 def quiet() -> None:
@@ -45,6 +49,7 @@ def start() -> None:
     ENV_VARS_TO_PROPAGATE.difference_update([name for name in ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")])
     ray._private.worker.print_to_stdstream = _in_one_line
     Trial.get_pickled_error = _no_error  # type: ignore[method-assign]
+    Trial.handle_error = _given_up  # type: ignore[method-assign]
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS")
@@ -61,6 +66,16 @@ def start() -> None:
             where = f"join the Ray cluster at RAY_ADDRESS={address}" if address else "start Ray on this machine"
             raise InputError(f"cannot {where}: {reason(e)}") from None
     quiet()  # ray.init sets up its loggers anew
+
+
+_of_trial = Trial.handle_error
+
+
+def _given_up(self: Trial, exc: Any = None) -> None:
+    """A trial of several workers that Ray Train has given up is not begun again by Tune, too."""
+    _of_trial(self, exc)
+    if isinstance(exc, RayTaskError) and isinstance(exc.cause, TrainingFailedError):
+        self.run_metadata.num_failures = self.max_failures + 1
 
 
 def _no_error(self: Trial) -> Exception | None:
@@ -103,17 +118,28 @@ def stop() -> None:
     ray.shutdown()
 
 
-def check_storage(storage: str) -> None:
-    """Raises InputError if the folder for checkpoints is not the same one on every node of the cluster."""
+def check_nodes(model: str, domains: Iterable[str], storage: str | None = None) -> None:
+    """Raises InputError unless every node of the cluster has the weights of the model that this machine has, and sees
+    the folders of the domains and, if one is given, that for checkpoints.
+    """
     nodes = _nodes()
-    if "://" in storage or len(nodes) < 2:
+    if len(nodes) < 2:
         return
-    with tempfile.NamedTemporaryFile(dir=storage, prefix=".seen-") as marker:
-        blind = sorted(name for (_, name), seen in zip(nodes, _seen(marker.name, nodes), strict=True) if not seen)
-    if blind:
+    digest, mark = weights_digest(model), ""
+    places = {p: "domains have to be at the same path on all nodes" for d in domains if os.path.isabs(p := place_of(d))}
+    with contextlib.ExitStack() as stack:
+        if storage and "://" not in storage:
+            mark = stack.enter_context(tempfile.NamedTemporaryFile(dir=storage, prefix=".seen-")).name
+            places[mark] = "give a --storage that all nodes share, or a URL such as s3://bucket/studies"
+        answers = list(zip((name for _, name in nodes), _answers(list(places), model, nodes), strict=True))
+    for place, hint in places.items():
+        if blind := sorted(name for name, (seen, _) in answers if place not in seen):
+            folder = storage if place == mark else place
+            raise InputError(f"{folder} is not there on {', '.join(blind)}: {hint}")
+    if other := sorted(name for name, (_, its) in answers if its != digest):
         raise InputError(
-            f"--storage {storage} is a folder that {', '.join(blind)} {'do' if len(blind) > 1 else 'does'} not see: "
-            "give one that all nodes share, or a URL such as s3://bucket/studies"
+            f"{model} has not the weights of this machine, or none, on {', '.join(other)}: bring them there, or let "
+            "$WESAM_HOME be a folder that all nodes share"
         )
 
 
@@ -122,19 +148,30 @@ def _nodes() -> list[tuple[str, str]]:
     return [(n["NodeID"], n["NodeManagerHostname"]) for n in ray.nodes() if n["Alive"]]  # type: ignore[no-untyped-call]
 
 
-def _seen(path: str, nodes: Iterable[tuple[str, str]]) -> Iterator[bool]:
-    """Whether each node sees the file; a node that has left meanwhile need not."""
+def _answers(
+    places: Collection[str], model: str, nodes: Iterable[tuple[str, str]]
+) -> Iterator[tuple[Collection[str], str]]:
+    """Which of the files and folders each node sees, and the digest of its weights, "" for none.
 
-    def exists() -> bool:
-        return os.path.exists(path)
+    A node that has left meanwhile need not: of it, it is said that it has all.
+    """
 
-    look = ray.remote(num_cpus=0)(exists)
+    def look() -> tuple[Collection[str], str]:
+        from wesam.sam import weights_digest
+
+        seen = [p for p in places if os.path.exists(p)]
+        try:
+            return seen, weights_digest(model)
+        except InputError:
+            return seen, ""
+
+    asked: Any = ray.remote(num_cpus=0)(look)
     strategies = (NodeAffinitySchedulingStrategy(node, soft=False) for node, _ in nodes)
-    for answer in [look.options(scheduling_strategy=s).remote() for s in strategies]:
+    for answer in [asked.options(scheduling_strategy=s).remote() for s in strategies]:
         try:
             yield ray.get(answer)
         except ray.exceptions.RayError:
-            yield True
+            yield places, weights_digest(model)
 
 
 def worker_resources(gpus: float = 1.0) -> dict[str, float]:
@@ -152,7 +189,10 @@ def slots(workers: int, gpus: float = 1.0) -> int:
     if count < 1:
         total = _cluster()
         have = ", ".join(f"{int(total.get(k, 0))} {k}" for k in need)
-        raise InputError(f"a trial of {workers} workers does not fit on this cluster ({have}): use fewer --workers")
+        what, hint = f"{workers} workers do", "use fewer --workers, or"
+        if workers == 1:
+            what, hint = "a trial's worker does", "first"
+        raise InputError(f"{what} not fit on this cluster ({have}): {hint} let it grow (cluster/scale.py -- COMMAND)")
     return count
 
 

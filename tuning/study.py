@@ -157,7 +157,7 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
     data = {JOINT: joint.digest(domains)} if plan.joint else {d.name: d.digest for d in domains}
     studies = {name: open_study(plan, name, storage, data[name]) for name in searched}
     runtime.start()
-    runtime.check_storage(plan.storage)
+    runtime.check_nodes(plan.model, plan.domains, plan.storage)
     slots = runtime.slots(plan.workers, plan.gpus_per_worker)
     share = runtime.worker_resources(plan.gpus_per_worker).get("GPU", 1.0)
     spent = stored.data.metrics.get(HOURS, 0.0) if stored else 0.0

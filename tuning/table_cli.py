@@ -73,8 +73,8 @@ def run(args: argparse.Namespace) -> None:
     """Makes the table."""
     if args.cpus_per_cell < 1:
         raise InputError(f"--cpus-per-cell must be at least 1, got {args.cpus_per_cell}")
-    if not args.gpus_per_cell > 0:
-        raise InputError(f"--gpus-per-cell must be above 0, got {args.gpus_per_cell}")
+    if not 0 < args.gpus_per_cell <= 1:
+        raise InputError(f"--gpus-per-cell must be above 0 and at most 1, got {args.gpus_per_cell}")
     plan = make_plan(args.kind, **{k: getattr(args, k) for k in OPTIONS}, fixed=args.set)
     if not args.no_run:
         print("starting MLflow, and Ray where something is to be trained ...", flush=True)

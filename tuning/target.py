@@ -42,7 +42,7 @@ class Target:
         self.domain = load_domain(given)
         self.name = self.domain.name
         self.before = before.get(self.name)
-        self.task = judge.Task(context.plan.model, given, context.plan.base, min(1.0, context.plan.gpus_per_worker))
+        self.task = judge.Task(context.plan.model, given, context.plan.base, context.plan.gpus_per_worker)
         self.tags = {
             **study_tags(context.plan), "domain": given, "data": self.domain.digest,
             "annotations_left_out": str(len(self.domain.left_out)),

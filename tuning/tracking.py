@@ -30,7 +30,7 @@ from mlflow.exceptions import MlflowException, RestException
 from mlflow.store.entities import PagedList
 from sqlalchemy.engine import make_url
 
-from tuning.plan import reason_of, shown
+from tuning.plan import lasting, reason_of, shown
 from tuning.scratch import scratch
 from wesam.config import Config, Value
 from wesam.data import NOTES, parted
@@ -113,6 +113,8 @@ class Tracker:
         """Whether the store of artifacts has not taken the last ones, however often they were brought."""
         self._open: list[Run] = []
         self._lock = threading.Lock()
+        if file := sqlite_file(uri):
+            lasting(file, "--tracking-uri")
         try:
             self.client = MlflowClient(uri, uri)
             self.client.search_experiments(max_results=1)

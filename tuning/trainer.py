@@ -27,7 +27,7 @@ from tuning import joint
 from tuning.checkpoint import Progress, at, folder_of, intact, written
 from tuning.leaving import Notice
 from tuning.plan import Plan
-from wesam import Config, Report, Scores, adapt, load_domain, load_sam
+from wesam import Config, InputError, Report, Scores, adapt, load_domain, load_sam
 
 METRIC = "best_score"
 """What is searched for and ranked by: the best :func:`tuning.joint.score` that the trial has reached so far."""
@@ -71,9 +71,15 @@ class Setting:
 
 @lru_cache(maxsize=4)
 def source_model(name: str) -> Sam:
-    """The frozen SAM, loaded once in a process, on the GPU that Ray has given it if any."""
+    """The frozen SAM, loaded once in a process, on the GPU that Ray has given it if any.
+
+    Raises InputError for a GPU that is given and cannot be used: on the CPU instead, it would be taken for nothing.
+    """
     torch.set_num_threads(1)
-    return load_sam(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    there = torch.cuda.is_available()
+    if not there and ray.is_initialized() and ray.get_gpu_ids():
+        raise InputError(f"PyTorch {torch.__version__} cannot use the GPU that Ray gives it: is the driver too old?")
+    return load_sam(name).to("cuda" if there else "cpu")
 
 
 def drive(setting: Setting, config: Config, resume: Path | None, best: float, send: Send) -> None:

@@ -15,9 +15,9 @@ import torch
 from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE
 from wesam.config import PRESETS, Config, Objective, PromptKind
 from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, json_file, spare_files
-from wesam.data import NOTES, SPLITS, Domain, load_domain, located, parted
+from wesam.data import NOTES, SPLITS, Domain, load_domain, located, place_of
 from wesam.data.files import Folder, is_address
-from wesam.data.folders import PICTURES, parse_cut
+from wesam.data.folders import PICTURES
 from wesam.drawings import Drawing
 from wesam.errors import InputError
 from wesam.methods import METHODS
@@ -256,7 +256,7 @@ def spare_domain(out: Path, domain: str, root: str = "") -> None:
     if not out.exists():
         return
     try:
-        given = parse_cut(parted(located(domain, root))[0])[0]
+        given = place_of(located(domain, root))
     except InputError:  # there is no such domain, which is said where it is loaded
         return
     given = given.removeprefix("file://")

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from tuning.plan import DEMO, Plan, in_file, make_plan, read_study
+from tuning.plan import DEMO, JOB_FOLDERS, Plan, in_file, make_plan, read_study
 from tuning.sampler import open_storage
 from tuning.space import DEFAULT, Axis
+from tuning.tracking import Tracker
 from wesam.config import Config, preset
 from wesam.errors import InputError
 from wesam.methods import METHODS
@@ -232,7 +233,7 @@ def test_a_reference_outside_of_the_space_has_no_point_in_it() -> None:
         ({"objective": "iou"}, "did you mean 'miou'"),
         ({"minimize": ["time"]}, "unknown minimize"),
         ({"hours": 0.0}, "hours must be above 0"),
-        ({"gpus_per_worker": 1.5}, "a share of one GPU or a whole number"),
+        ({"gpus_per_worker": 2}, "a share of one GPU, got 2: workers puts"),
     ],
 )
 def test_what_cannot_be_run_is_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
@@ -283,3 +284,15 @@ def test_a_study_can_be_a_file(tmp_path: Path) -> None:
     assert (made.space["optim.lr"].low, made.space["optim.lr"].log) == (1e-3, True)
     assert "optim.weight_decay" in made.space
     assert "loss.iou" not in made.space
+
+
+def test_nothing_is_kept_in_the_folder_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray deletes it with the session, and another package has another one."""
+    job = tmp_path / JOB_FOLDERS / "_ray_pkg_0"
+    job.mkdir(parents=True)
+    monkeypatch.chdir(job)
+    with pytest.raises(InputError, match=r"^--storage runs is in the folder of this Ray job"):
+        plan(domains=["clean"])
+    with pytest.raises(InputError, match=r"^--tracking-uri .*mlflow\.db is in the folder of this Ray job"):
+        Tracker("sqlite:///mlflow.db")
+    assert plan(domains=["clean"], storage=str(tmp_path / "kept")).storage == str(tmp_path / "kept")

@@ -9,12 +9,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import OutOfMemoryError, RayTaskError
+from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.tune.experiment import Trial
 
-from tuning import runtime
+from tuning import runtime, trainer
 from wesam.errors import InputError
+from wesam.sam import weights_digest
 
 NODES = [("a", "head"), ("b", "worker-1"), ("c", "worker-2")]
+
+
+WEIGHTS = weights_digest("nano")
 
 
 @pytest.mark.parametrize(
@@ -23,27 +29,71 @@ NODES = [("a", "head"), ("b", "worker-1"), ("c", "worker-2")]
         ("", NODES[:1], [False], None),
         ("s3://bucket/studies", NODES, [False, False, False], None),
         ("", NODES, [True, True, True], None),
-        ("", NODES, [True, False, True], "worker-1 does not see"),
-        ("", NODES, [True, False, False], "worker-1, worker-2 do not see"),
+        ("", NODES, [True, False, True], "is not there on worker-1: give a --storage"),
+        ("", NODES, [True, False, False], "is not there on worker-1, worker-2: give a --storage"),
     ],
 )
 def test_every_node_has_to_see_the_folder_for_checkpoints(
     storage: str, nodes: list[tuple[str, str]], seeing: list[bool], told: str | None, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    def seen(path: str, asked: list[tuple[str, str]]) -> list[bool]:
-        assert Path(path).exists()
+    def answers(places: list[str], model: str, asked: list[tuple[str, str]]) -> list[tuple[list[str], str]]:
+        assert all(Path(p).exists() for p in places)
         assert asked == nodes
-        return seeing
+        return [(places if sees else [], WEIGHTS) for sees in seeing]
 
     monkeypatch.setattr(runtime, "_nodes", lambda: nodes)
-    monkeypatch.setattr(runtime, "_seen", seen)
+    monkeypatch.setattr(runtime, "_answers", answers)
     if told is None:
-        runtime.check_storage(storage or str(tmp_path))
+        runtime.check_nodes("nano", ["clean"], storage or str(tmp_path))
     else:
-        with pytest.raises(InputError, match=f"{told}.*s3://"):
-            runtime.check_storage(str(tmp_path))
+        with pytest.raises(InputError, match=f"^{tmp_path} {told}.*s3://"):
+            runtime.check_nodes("nano", ["clean"], str(tmp_path))
     assert not list(tmp_path.iterdir()), "the marker is left behind"
+
+
+@pytest.mark.parametrize(
+    ("given", "there", "weights", "told"),
+    [
+        ("{}@0.7/0.1/0.2+fog:3", True, WEIGHTS, None),
+        ("{}@0.7/0.1/0.2+fog:3", False, WEIGHTS, "^{} is not there on worker-1: domains have to be"),
+        ("medical+fog:3", False, WEIGHTS, None),
+        ("{}", True, "", "nano has not the weights of this machine, or none, on worker-1"),
+        ("{}", True, "0" * 64, "nano has not the weights of this machine, or none, on worker-1"),
+    ],
+)
+def test_every_node_has_to_have_the_domains_and_the_weights(
+    given: str, there: bool, weights: str, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answers(places: list[str], model: str, asked: list[tuple[str, str]]) -> list[tuple[list[str], str]]:
+        return [(places, WEIGHTS), (places if there else [], weights), (places, WEIGHTS)]
+
+    monkeypatch.setattr(runtime, "_nodes", lambda: NODES)
+    monkeypatch.setattr(runtime, "_answers", answers)
+    if told is None:
+        runtime.check_nodes("nano", [given.format(tmp_path)])
+    else:
+        with pytest.raises(InputError, match=told.format(tmp_path)):
+            runtime.check_nodes("nano", [given.format(tmp_path)])
+
+
+def test_a_gpu_that_cannot_be_used_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(trainer.ray, "get_gpu_ids", lambda: [0])
+    monkeypatch.setattr(trainer.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="cannot use the GPU that Ray gives it"):
+        trainer.source_model.__wrapped__("nano")
+
+
+@pytest.mark.parametrize(("error", "failures"), [(WorkerGroupError("its workers", {}), 3), (ValueError("else"), 1)])
+def test_what_ray_train_has_given_up_is_not_begun_again(error: Exception, failures: int) -> None:
+    trial: Any = SimpleNamespace(
+        run_metadata=SimpleNamespace(num_failures=0, invalidate_cache=lambda: None), max_failures=2, local_path=None,
+        is_restoring=False,
+    )  # fmt: skip
+    trial._handle_ray_task_error = lambda exc: Trial._handle_ray_task_error(trial, exc)
+    runtime._given_up(trial, RayTaskError("t", "trace", error))
+    assert trial.run_metadata.num_failures == failures
 
 
 def test_a_worker_killed_for_its_memory_is_a_lost_one() -> None:
@@ -73,7 +123,7 @@ cluster.add_node(num_cpus=1)
 ray.init(address=cluster.address, log_to_driver=False)
 cluster.wait_for_nodes()
 nodes = runtime._nodes()
-print(len(nodes), list(runtime._seen(sys.argv[1], nodes)), list(runtime._seen(sys.argv[1] + "-not", nodes)))
+print(len(nodes), list(runtime._answers([sys.argv[1], sys.argv[1] + "-not"], "nano", nodes)))
 """
 
 
@@ -83,7 +133,7 @@ def test_nodes_of_a_real_cluster_are_asked(tmp_path: Path) -> None:
         [sys.executable, "-c", TWO_NODES, str(tmp_path)],
         capture_output=True, text=True, cwd=Path(__file__).parents[2], timeout=300,
     )  # fmt: skip
-    assert done.stdout.splitlines()[-1:] == ["2 [True, True] [False, False]"], done.stderr
+    assert done.stdout.splitlines()[-1:] == [f"2 {[([str(tmp_path)], WEIGHTS)] * 2}"], done.stderr
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from ray.tune.search import Searcher
 from tuning import sampler
 from tuning.budget import Budget
 from tuning.confirm import Confirmation, finalists, winner
+from tuning.listener import Listener
 from tuning.places import Place, Places
 from tuning.plan import REFERENCES, Plan, make_plan, shown
 from tuning.proposals import near, propose
@@ -453,6 +454,26 @@ def test_a_budget_that_is_spent_ends_the_search(tmp_path: Path) -> None:
     assert Budget(make(tmp_path, hours=9.0), before=9.0).over()
     assert not Budget(make(tmp_path, hours=9.0), before=8.0).over(), "an hour is left"
     assert not Budget(make(tmp_path)).over()
+
+
+def test_a_trial_that_waits_for_another_worker_spends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    budget = Budget(make(tmp_path))
+    monkeypatch.setattr("tuning.budget.time.monotonic", lambda: 3600 * now[0])
+    seen: Any = SimpleNamespace(hours=0.0)
+    listener: Any = SimpleNamespace(
+        _seen={"a": seen}, _budget=budget, _domain=SimpleNamespace(name="d"), _place=SimpleNamespace(begun=lambda: None)
+    )
+    trial: Any = SimpleNamespace(trial_id="a", config={})
+    Listener.on_trial_start(listener, 0, [], trial)
+    now[0] = 1.0
+    Listener.on_trial_recover(listener, 0, [], trial)
+    now[0] = 10.0
+    assert seen.hours + budget.of("d", "a") == 1.0
+    Listener.on_trial_start(listener, 0, [], trial)
+    now[0] = 11.0
+    assert seen.hours + budget.end("d", "a") == 2.0
+    assert budget.gpu_hours() == 2.0
 
 
 def test_the_budget_is_the_searchs_and_interrupted_trials_have_cost_something(tmp_path: Path) -> None:

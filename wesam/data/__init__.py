@@ -35,6 +35,11 @@ def parted(name: str) -> tuple[str, str]:
     return name, ""
 
 
+def place_of(name: str) -> str:
+    """The folder, file or address of a domain, or its name, without what is to be done with it (:func:`located`)."""
+    return parse_cut(parted(name)[0])[0]
+
+
 def located(name: str, root: str = "") -> str:
     """The same domain, named so that it is found from any working directory.
 
