@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 import zipfile
@@ -54,5 +55,8 @@ def test_it_is_small_and_has_what_a_job_needs(package: Path, tracked: set[str]) 
 def test_the_runtime_environment_is_ray_s_format() -> None:
     env = yaml.safe_load((ROOT / "cluster/runtime-env.yaml").read_text())
     assert set(env) == {"pip", "env_vars"}
+    wanted = b"".join((ROOT / name).read_bytes() for name in ("constraints.txt", "pyproject.toml"))
+    told = f"# of {hashlib.sha256(wanted).hexdigest()[:12]}"
+    assert told in env["pip"]["packages"], f"runtime-env.yaml must say {told!r}, or nodes keep the packages of before"
     assert parse_and_validate_pip(env["pip"])["packages"] == env["pip"]["packages"]
     assert parse_and_validate_env_vars(env["env_vars"]) == env["env_vars"]
