@@ -151,7 +151,7 @@ class Anchor:
             assert found.point_labels is not None
             kept = {"points": found.points, "labels": found.point_labels}
             self._store.put(name, kept)
-        return Prompts(points=kept["points"], point_labels=kept["labels"]).scaled(max(image.shape[1:]) / side)
+        return Prompts(points=kept["points"], point_labels=kept["labels"]).resized(view.shape[1:], image.shape[1:])
 
     def prepared(self, place: Place) -> Prepared:
         """What is at this place, resized, with the weak labels that lie in it."""
@@ -169,7 +169,8 @@ class Anchor:
             # a copy, since where nothing is to be resized a view would keep the whole image in memory
             image, used, prompts = cut(image, window).clone(), used[there], prompts[there].seen_in(window)
         side: int = self.sam.image_encoder.img_size
-        return Prepared(resize(image, side), prompts.scaled(side / max(image.shape[1:])), used, window)
+        view = resize(image, side)
+        return Prepared(view, prompts.resized(image.shape[1:], view.shape[1:]), used, window)
 
     @torch.no_grad()
     def answer(self, place: Place, flips: Flips) -> Answer:

@@ -218,16 +218,18 @@ def _predict_whole(sam: Sam, image: Tensor, prompts: Prompts) -> tuple[Tensor, T
     """Each prompt sees the whole image, which is encoded once."""
     side: int = sam.image_encoder.img_size
     small = resize(image, side)
-    given = prompts.scaled(side / max(image.shape[1:]))
+    given = prompts.resized(image.shape[1:], small.shape[1:])
     embedding = encode(sam, [small])
-    masks, ious = [], []
+    masks = torch.empty(len(prompts), *image.shape[1:], dtype=torch.bool)
+    ious = torch.empty(len(prompts))
+    size = (int(image.shape[1]), int(image.shape[2]))
     for part in torch.arange(len(given)).split(CHUNK):
         out = decode(sam, embedding, [given[part]])
-        size = (int(image.shape[1]), int(image.shape[2]))
-        for logits in out.logits.split(max(1, AT_ONCE // (size[0] * size[1]))):
-            masks.append((upscale(logits, side, (small.shape[1], small.shape[2]), size) > 0).cpu())
-        ious.append(out.iou.cpu())
-    return torch.cat(masks), torch.cat(ious)
+        ious[part] = out.iou.cpu()
+        for some in torch.arange(len(part)).split(max(1, AT_ONCE // (size[0] * size[1]))):
+            full = upscale(out.logits[some], side, (small.shape[1], small.shape[2]), size)
+            masks[part[some]] = (full > 0).cpu()
+    return masks, ious
 
 
 def _predict_windows(sam: Sam, image: Tensor, prompts: Prompts, where: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,8 +244,8 @@ def _predict_windows(sam: Sam, image: Tensor, prompts: Prompts, where: Tensor) -
         images = [cut(image, window) for window in shown]
         small = [resize(x, side) for x in images]
         given = [
-            prompts[i].seen_in(window).scaled(side / max(x.shape[1:]))
-            for i, window, x in zip(groups, shown, images, strict=True)
+            prompts[i].seen_in(window).resized(x.shape[1:], s.shape[1:])
+            for i, window, x, s in zip(groups, shown, images, small, strict=True)
         ]
         out = decode(sam, encode(sam, small), given)
         for i, window, logits, *pair in zip(

@@ -76,7 +76,7 @@ def contact_sheet(
         masks = F.interpolate(masks[None].float(), size, mode="nearest-exact")[0] > 0 if len(masks) else masks
         if n % columns == 0:
             rows.append([])
-        rows[-1].append(overlay(image, masks, prompts.scaled(factor)))
+        rows[-1].append(overlay(image, masks, prompts.resized(sample.image.shape[1:], size)))
     return sheet(rows, [title] + [""] * (min(columns, count) - 1), cell)
 
 

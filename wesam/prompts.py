@@ -6,7 +6,7 @@ Coordinates are continuous pixels, x to the right and y down: the pixel in colum
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -89,8 +89,9 @@ class Prompts:
         groups = [(int(n), (counts == n).nonzero()[:, 0]) for n in counts.unique()]
         return [(at, replace(self, points=points[at, :n], point_labels=labels[at, :n])) for n, at in groups]
 
-    def scaled(self, factor: float) -> Self:
-        """The same prompts in an image resized by this factor."""
+    def resized(self, before: Sequence[int], after: Sequence[int]) -> Self:
+        """The same prompts in an image of the (height, width) ``before`` that is resized to the one ``after``."""
+        factor = torch.tensor([after[1] / before[1], after[0] / before[0]], dtype=torch.float32)
         return self._moved(lambda xy: xy * factor)
 
     def flipped(self, horizontal: bool, vertical: bool, size: tuple[int, int]) -> Self:

@@ -72,7 +72,7 @@ def test_a_coarse_mask_is_as_large_at_every_resolution() -> None:
     prompts = weak_labels(sample.masks, "coarse", sample.key)
     areas = prompts.filled((192, 192)).sum((1, 2))
     for factor in (2, 5):
-        finer = prompts.scaled(factor).filled((factor * 192, factor * 192)).sum((1, 2)) / factor**2
+        finer = prompts.resized((1, 1), (factor, factor)).filled((factor * 192, factor * 192)).sum((1, 2)) / factor**2
         assert torch.allclose(finer, areas.float(), rtol=0.15)
         assert finer.sum() == pytest.approx(areas.sum().item(), rel=0.03)
     for stride in (2, 4):
@@ -146,7 +146,8 @@ def test_a_label_depends_on_no_other_instance(kind: PromptKind) -> None:
 def test_tight_boxes_stay_tight_in_whatever_is_made_of_them() -> None:
     boxes = Prompts(boxes=torch.tensor([[10.0, 20, 30, 60], [1, 2, 3, 4]]), tight=True)
     made = (
-        boxes.scaled(2), boxes.flipped(True, False, (90, 90)), boxes[torch.tensor([1])], boxes.longer(1.1),
+        boxes.resized((2, 3), (4, 7)), boxes.flipped(True, False, (90, 90)), boxes[torch.tensor([1])],
+        boxes.longer(1.1),
         boxes.noisy(0.1, torch.Generator()), boxes.seen_in(torch.tensor([0, 0, 50, 70])),
         Prompts.concatenate([boxes, boxes]),
     )  # fmt: skip

@@ -53,16 +53,18 @@ def test_the_answer_to_clicks_does_not_hang_on_what_is_asked_beside_them(sam: Sa
     assert torch.allclose(shuffled.logits[order.argsort()][: len(own[0])], first.logits, atol=1e-4)
 
 
-def test_predict_equals_sam_predictor_on_an_image_that_is_not_square(sam: Sam) -> None:
-    """Padding, scaling of prompts and the way back to the image's own size, for the same resized pixels."""
+@pytest.mark.parametrize("size", [(120, 150), (111, 128), (37, 128), (128, 37)])
+def test_predict_equals_sam_predictor_on_an_image_that_is_not_square(sam: Sam, size: tuple[int, int]) -> None:
+    """Padding, scaling of prompts by SAM's own code, and the way back to the image's own size."""
     sample = load_domain("clean").split("val")[1]
-    image, masks = sample.image[:, :120, :150], sample.masks[:, :120, :150]
+    image, masks = sample.image[:, : size[0], : size[1]], sample.masks[:, : size[0], : size[1]]
     masks = masks[masks.flatten(1).any(1)]
     prompts = weak_labels(masks, "box", "x")
     predictor = SamPredictor(sam)
-    predictor.set_torch_image(resize(image, 192)[None].float(), (120, 150))
-    boxes = prompts.scaled(192 / 150).boxes
-    assert boxes is not None
+    seen = resize(image, 192)
+    assert seen.shape[1:] == predictor.transform.get_preprocess_shape(*size, 192)
+    predictor.set_torch_image(seen[None].float(), size)
+    boxes = predictor.transform.apply_boxes_torch(prompts.boxes, size)
     theirs, _, _ = predictor.predict_torch(None, None, boxes - 0.5, multimask_output=False)
     ours, _ = predict(sam, image, prompts)
     assert ours.shape == masks.shape

@@ -30,12 +30,15 @@ class Masks:
 
 
 def resize(image: Tensor, side: int) -> Tensor:
-    """The image, uint8 [3, H, W], resized so that its longer side has ``side`` pixels, as SAM wants it."""
+    """The image, uint8 [3, H, W], resized so that its longer side has ``side`` pixels, as SAM wants it.
+
+    The other side is rounded as SAM does it, half a pixel up; what SAM's own code resizes to nothing has one.
+    """
     h, w = image.shape[-2:]
     factor = side / max(h, w)
     if factor == 1:
         return image
-    size = (max(1, round(h * factor)), max(1, round(w * factor)))
+    size = (max(1, int(h * factor + 0.5)), max(1, int(w * factor + 0.5)))
     small = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True, align_corners=False)
     return small[0].round().clamp(0, 255).to(torch.uint8)
 
