@@ -79,9 +79,18 @@ def summary(about: About) -> str:
     )
     if direct is not None:
         text += f"; without an adapter {direct:.3f}"
+    drawn = best_drawn(s, name)
+    if drawn and drawn[1] >= s.get(f"test_{name}", 0.0):
+        text += f"; {REFERENCES[drawn[0]]}, which needs no model, {drawn[1]:.3f}"
     if gap is not None:
         text += f"; {100 * gap:.0f} % of the gap between Direct and Supervised"
     return text + "."
+
+
+def best_drawn(scores: Mapping[str, float], name: str) -> tuple[str, float] | None:
+    """What needs no model and is best on test by the score of this name: what it is called, and that score."""
+    found = {kind: scores[f"{kind}_test_{name}"] for kind in DRAWN if f"{kind}_test_{name}" in scores}
+    return max(found.items(), key=lambda f: f[1]) if found else None
 
 
 def card(about: About) -> str:
@@ -142,7 +151,7 @@ import wesam
 from tuning.registry import best_adapter
 
 model = best_adapter("{about.domain}"{_weights(", model=", model, repr)})
-masks, iou = wesam.predict(model, image, {_prompts(t.get("prompt", "box"))})
+masks, iou = wesam.predict(model, image, {_prompts(_asked(t))})
 ```
 
 {_transformers(about)}
@@ -213,10 +222,20 @@ def command(tags: Mapping[str, str], adapter: str) -> str:
 
     tags: the version's, as in :attr:`About.tags`.
     """
-    prompt = tags.get("prompt", "box")
-    box = "--tight-box" if prompt == "tight-box" else "--box"
-    given = "--point X,Y" if prompt.startswith("point") else f"{box} X0,Y0,X1,Y1"
+    prompt = _asked(tags)
+    if prompt.startswith("point"):
+        given = "--point X,Y"
+    elif prompt == "coarse":
+        given = "--polygon X0,Y0 X1,Y1 X2,Y2"
+    else:
+        given = f"--{'tight-box' if prompt == 'tight-box' else 'box'} X0,Y0,X1,Y1"
     return f"predict IMAGE {given} {asked_with(tags, adapter)} --out mask.png --overlay seen.png"
+
+
+def _asked(tags: Mapping[str, str]) -> str:
+    """The kind of prompt that it is asked with: of an adapter that was made without labels, that of val."""
+    prompt = tags.get("prompt", "box")
+    return tags.get("val_prompt", "box") if prompt == "grid" else prompt
 
 
 def asked_with(tags: Mapping[str, str], adapter: str) -> str:
@@ -242,12 +261,21 @@ def _transformers(about: About) -> str:
     if about.config.get("train", "lora") != "lora":
         return "PEFT's own format is for LoRA alone, and this adapter has other weights: `wesam export --merge`."
     export = f"wesam export {asked_with(about.tags, about.domain)} --peft for-hf --base"
+    more = "The same half pixel counts in segment_anything's own code, for what `wesam export --merge` writes."
+    if float(about.tags.get("crop", "0")):
+        more += " In both, each prompt is to be shown in a window of its own, as above."
+    if _asked(about.tags) == "tight-box":
+        more += " In both, masks are to be cut to their boxes, as wesam does it."
     return f"""With transformers and PEFT, after `{export}`:
 
 ```python
-base = transformers.SamModel.from_pretrained("for-hf/base")
-model = peft.PeftModel.from_pretrained(base, "for-hf")  # its coordinates are half a pixel less than wesam's
-```"""
+model = peft.PeftModel.from_pretrained(transformers.SamModel.from_pretrained("for-hf/base"), "for-hf")
+processor = transformers.SamProcessor.from_pretrained("for-hf/base")
+inputs = processor(image, input_boxes=[boxes], return_tensors="pt")  # or input_points
+inputs["input_boxes"] -= 0.5  # wesam counts from the pixel's corner, SAM from its centre
+```
+
+{more}"""
 
 
 def _facts(facts: Mapping[str, str]) -> str:

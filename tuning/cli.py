@@ -296,13 +296,17 @@ def _champions(rows: list[dict[str, Any]]) -> str:
 
 
 def _entry(entry: Any) -> dict[str, Any]:
+    from tuning.card import best_drawn
+
     t = entry.tags
     name, test, spread = entry.test
+    drawn = best_drawn({k: n for k in t if (n := entry.number(k)) is not None}, name)
     return {
         "domain": entry.domain, "version": entry.version, "score": name,
         "val": entry.number(f"val_{t.get('score', name)}"), "test": test, "test_sd": spread,
-        "direct_test": entry.number(f"direct_test_{name}"), "supervised_test": entry.number(f"supervised_test_{name}"),
-        "gap_closed": entry.number("gap_closed"), **{k: t.get(k) for k in ("prompt", "model", "study")},
+        "no_model_test": drawn and drawn[1], "direct_test": entry.number(f"direct_test_{name}"),
+        "supervised_test": entry.number(f"supervised_test_{name}"), "gap_closed": entry.number("gap_closed"),
+        **{k: t.get(k) for k in ("prompt", "model", "study")},
     }  # fmt: skip
 
 

@@ -20,6 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from wesam import AdaptedSam, InputError, Prompts, load_sam, predict
 from wesam.adapters import made_for
 from wesam.data.images import read_image
+from wesam.sam.promptable import CHUNK
+
+AT_ONCE = 2**30
+"""Bytes of masks that are held at once: for more of them a large image is encoded more than once."""
 
 
 class Given(BaseModel):
@@ -43,6 +47,14 @@ class Mask(BaseModel):
     predicted_iou: float = Field(description="how right the model thinks the mask is, 0 to 1")
 
 
+class Refused(MlflowException):
+    """What is wrong with a request, in a line: MLflow's server would put the request before it, images and all."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name != "message" or not hasattr(self, name):
+            super().__setattr__(name, value)
+
+
 class Segmenter(PythonModel):
     """The model: for each image the masks of its prompts, in their order."""
 
@@ -61,7 +73,7 @@ class Segmenter(PythonModel):
         try:
             return [self._masks(given, f"image {n}") for n, given in enumerate(model_input)]
         except InputError as e:
-            raise MlflowException.invalid_parameter_value(str(e)) from None
+            raise Refused.invalid_parameter_value(str(e)) from None
 
     def _masks(self, given: Given, name: str) -> list[Mask]:
         try:
@@ -76,8 +88,11 @@ class Segmenter(PythonModel):
             prompts.check_on((image.shape[1], image.shape[2]))
         except InputError as e:
             raise InputError(f"{name}: {e}") from None
-        masks, iou = predict(self.model, image, prompts)
-        return [_packed(m.numpy(), float(i)) for m, i in zip(masks, iou, strict=True)]
+        found = []
+        for part in torch.arange(len(prompts)).split(max(CHUNK, AT_ONCE // image[0].numel())):
+            masks, iou = predict(self.model, image, prompts[part])
+            found += [_packed(m.numpy(), float(i)) for m, i in zip(masks, iou, strict=True)]
+        return found
 
 
 def read_prompts(given: Given, name: str) -> Prompts | None:
@@ -92,8 +107,8 @@ def read_prompts(given: Given, name: str) -> Prompts | None:
         raise InputError(f"{name}: tight is said of boxes")
     if given.polygons is not None:
         for polygon in given.polygons:
-            if len(polygon) < 3 or not _places(polygon):
-                raise InputError(f"{name}: expected a polygon [[x, y], ...] of at least 3 corners, got {polygon}")
+            if len({tuple(corner) for corner in polygon}) < 3 or not _places(polygon):
+                raise InputError(f"{name}: expected a polygon [[x, y], ...] with 3 corners or more, got {polygon}")
         outlines = tuple(torch.tensor(p, dtype=torch.float32) for p in given.polygons)
         return Prompts(polygons=outlines) if outlines else None
     if given.boxes is not None:
@@ -103,7 +118,7 @@ def read_prompts(given: Given, name: str) -> Prompts | None:
         boxes = torch.tensor(given.boxes, dtype=torch.float32)
         return Prompts(boxes=boxes, tight=bool(given.tight)) if given.boxes else None
     points = given.points or []
-    labels = given.labels or [[1] * len(p) for p in points]
+    labels = [[1] * len(p) for p in points] if given.labels is None else given.labels
     if [len(p) for p in points] != [len(n) for n in labels]:
         raise InputError(f"{name}: labels must have a number for every click of points")
     objects = []

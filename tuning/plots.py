@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
-from optuna.importance import get_param_importances
+from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.study import create_study
 from optuna.trial import create_trial
 
@@ -25,6 +25,9 @@ from matplotlib.ticker import NullFormatter
 
 FEWEST_FOR_IMPORTANCE = 10
 """Trials, and no fewer than hyperparameters: below that, importances are noise."""
+
+ENOUGH_FOR_IMPORTANCE, MOST_FOR_IMPORTANCE = 30, 200
+"""With fewer, the hyperparameter that decides is often not the one with the longest bar."""
 
 CLOSE = 0.06
 """Of an axis: two texts nearer than this would overlap."""
@@ -182,20 +185,25 @@ _BACKGROUND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0
 
 
 def importances(trials: Sequence[Trial], space: Space) -> str | None:
-    """How much of the difference between trials each hyperparameter explains (PED-ANOVA); None for too few trials."""
+    """How much of the variance between trials each hyperparameter explains (fANOVA); None for too few trials.
+
+    Of many trials, the time for which grows with their square, as many as :data:`MOST_FOR_IMPORTANCE`, evenly.
+    """
     inside = [t for t in trials if t.point]
+    inside = inside[:: -(-len(inside) // MOST_FOR_IMPORTANCE) or 1]
     if len(inside) < max(FEWEST_FOR_IMPORTANCE, len(space)) or len({t.best for t in inside}) < 2 or not space:
         return None
     study = create_study(direction="maximize")
     for t in inside:
         held = distributions(space, t.point)
         study.add_trial(create_trial(params=encoded(space, t.point), distributions=held, value=t.best))
-    found = get_param_importances(study)
+    found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0))
     names = list(found)[::-1]
     figure, axes = plt.subplots(figsize=(5.2, 0.9 + 0.2 * len(names)))
     axes.barh(names, [found[n] for n in names], color=BLUE)
     axes.tick_params(labelsize=7)
-    axes.set(xlabel="importance")
+    few = f": of {len(inside)} trials, no more than a hint" if len(inside) < ENOUGH_FOR_IMPORTANCE else ""
+    axes.set_xlabel(f"share of the variance between trials{few}", fontsize=8)
     return _svg(figure)
 
 

@@ -165,6 +165,7 @@ def best_folder(domain: str, tracking_uri: str | None = None) -> Path:
             try:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 new = Path(tempfile.mkdtemp(dir=kept.parent, prefix=f".{kept.name}-"))
+                new.chmod(kept.parent.stat().st_mode & 0o777)  # what is made here is for its owner's eyes alone
                 for name, contents in files.items():
                     (new / name).write_bytes(contents)
                 try:

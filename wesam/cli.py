@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 
 from wesam import training
@@ -37,7 +38,7 @@ from wesam.sam import REGISTRY, describe, fetch_model, find_model, load_sam, wri
 SMALL = 0.1
 """Of the image's longer side: instances below it are a few pixels long to a model, as nuclei in microscopy are."""
 
-EXACT = ("PNG", "TIFF", "BMP", "DIB", "GIF", "PPM", "PCX", "SGI", "DDS", "IM", "TGA", "JPEG2000")
+EXACT = ("PNG", "TIFF", "BMP", "DIB", "PPM", "PCX", "SGI", "DDS", "IM", "TGA", "JPEG2000")
 """Formats, as Pillow calls them, that keep every pixel of a mask as it is; others blur it, or change its size."""
 
 
@@ -206,7 +207,7 @@ def _predict(args: argparse.Namespace) -> None:
         raise InputError(f"{args.out}: {args.out.suffix} does not keep a mask's 255 and 0 as they are: give a .png")
     model, _ = _model(args)
     image = torch.from_numpy(read_image(args.image).copy()).permute(2, 0, 1)
-    prompts = _points(args.point) if args.point else _box(args.box or args.tight_box, tight=bool(args.tight_box))
+    prompts = _prompts(args)
     prompts.check_on((image.shape[1], image.shape[2]))
     masks, iou = predict(model, image, prompts, crop=args.crop)
     _save(Image.fromarray(masks[0].numpy().astype(np.uint8) * 255), args.out)
@@ -232,7 +233,12 @@ def _export(args: argparse.Namespace) -> None:
     model = AdaptedSam.load(sam, folder)
     if args.merge:
         write_weights(model.merged(), args.merge)
-        print(f"{args.merge} holds {name} with {args.adapter} in its weights")
+        kind, file = str(getattr(sam, "name_or_path", "")).partition("-")[0], repr(str(args.merge))
+        loaded = f"wesam.load_sam({file})"
+        if kind in sam_model_registry:
+            loaded = f"segment_anything.sam_model_registry[{kind!r}](checkpoint={file})"
+        print(f"{args.merge} holds {name} with {args.adapter} in its weights; in Python: {loaded}")
+        print("SamPredictor's coordinates are half a pixel of its resized image less than wesam's (docs/method.md)")
     if args.peft:
         base = export_peft(sam, folder, args.peft, base=args.base)
         print(f"in Python: peft.PeftModel.from_pretrained(transformers.SamModel.from_pretrained({base!r}), "
@@ -248,6 +254,19 @@ def _model(args: argparse.Namespace) -> tuple[Sam | AdaptedSam, str]:
     name: str = args.model or (made_for(folder) if folder else "nano")
     sam = load_sam(name).to(args.device)
     return AdaptedSam.load(sam, folder) if folder else sam, name
+
+
+def _prompts(args: argparse.Namespace) -> Prompts:
+    if args.point:
+        return _points(args.point)
+    return _polygon(args.polygon) if args.polygon else _box(args.box or args.tight_box, tight=bool(args.tight_box))
+
+
+def _polygon(texts: list[str]) -> Prompts:
+    corners = [_numbers(t, "a corner x,y", (2,)) for t in texts]
+    if len(set(map(tuple, corners))) < 3:
+        raise InputError(f"a polygon has three different corners at least, got {' '.join(texts)}")
+    return Prompts(polygons=(torch.tensor(corners),))
 
 
 def _box(text: str, *, tight: bool) -> Prompts:

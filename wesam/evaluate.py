@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -188,13 +189,23 @@ def predict(
     image: uint8 [3, H, W], RGB. prompts: N of them, in pixels of this image. crop: show the model, for each prompt,
     only a square window around it, whose side is this many longer sides of what the prompt spans; 0 shows the whole
     image, None does as the model was adapted. Returns masks, bool [N, H, W], and the IoU that the model predicts for
-    each, float [N]. The masks of boxes that are said to be tight are cut to them. N may be 0.
+    each, float [N]. The masks of boxes that are said to be tight are cut to them. N may be 0. Raises InputError for an
+    image of another form, and for boxes that have no area.
     """
+    if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
+        raise InputError(f"the image must be a tensor, uint8 [3, H, W], got {_form(image)}")
+    if (boxes := prompts.boxes) is not None and not (boxes[:, 2:] > boxes[:, :2]).all():
+        raise InputError("each box must be x0, y0, x1, y1, with x1 above x0 and y1 above y0")
     if not len(prompts):
         return torch.zeros(0, *image.shape[1:], dtype=torch.bool), torch.zeros(0)
     crop = crop_of(model, crop)
     where = windows(prompts, (image.shape[1], image.shape[2]), crop) if crop else None
     return _predict(model, image, prompts, where)
+
+
+def _form(image: Any) -> str:
+    """What an image is, in words."""
+    return f"{getattr(image, 'dtype', type(image).__name__)} {list(getattr(image, 'shape', []))}"
 
 
 def crop_of(model: Sam | AdaptedSam, crop: float | None) -> float:

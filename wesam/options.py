@@ -208,6 +208,7 @@ def make_parser(run: Mapping[str, Command]) -> Parser:
     given.add_argument(
         "--point", nargs="+", metavar="X,Y[,0|1]", help="clicks, in pixels; 1 on it (default), 0 beside it"
     )
+    given.add_argument("--polygon", nargs="+", metavar="X,Y", help="the corners of its rough outline, in pixels")
     adapter(p)
     crop(p, "default: as it was adapted")
     p.add_argument("--out", type=Path, required=True, metavar="MASK.png", help="the mask: 255 inside, 0 outside")
@@ -219,8 +220,8 @@ def make_parser(run: Mapping[str, Command]) -> Parser:
     adapter(p, required=True)
     p.add_argument(
         "--merge", type=Path, metavar="FILE",
-        help="plain weights with the adapter's matrices added: .pth, as segment_anything's registry loads them, or"
-        " .safetensors",
+        help="plain weights with the adapter's matrices added: .pth, as segment_anything's registry loads those of its"
+        " models, or .safetensors",
     )  # fmt: skip
     p.add_argument("--peft", type=Path, metavar="DIR", help="the adapter as PEFT loads it on transformers' SamModel")
     p.add_argument(

@@ -71,7 +71,7 @@ def test_what_a_card_tells_to_run_names_the_weights_and_is_told_where_it_works()
     assert "wesam predict IMAGE --box X0,Y0,X1,Y1 --adapter nuclei --model '/a b/mine.pth' --out" in told
     assert "wesam export --adapter nuclei --model '/a b/mine.pth' --peft" in told
     assert "no counterpart" in card(about(base="vit_t-0123", tags={**TAGS, "model": "/a/mine.pt"}))
-    assert "--box X0,Y0,X1,Y1" in card(about(tags={**TAGS, "prompt": "coarse"})), "predict takes no polygons"
+    assert "--box X0,Y0,X1,Y1" in card(about(tags={**TAGS, "prompt": "coarse-box"}))
     norms = card(about(config={"method": "tent", "train": "norms"}))
     assert "--peft" not in norms
     assert "`wesam export --merge`" in norms
@@ -96,3 +96,23 @@ def test_the_adapter_itself_is_told_apart_from_its_configuration_trained_again()
 
 def test_seeds_may_be_listed() -> None:
     assert "over 2 training seeds" in card(about(tags={**TAGS, "test_seeds": "[0.69, 0.71]"}))
+
+
+def test_a_card_says_what_needs_no_model_and_is_as_good() -> None:
+    assert "which needs no model" not in summary(about())
+    told = summary(about(scores={**SCORES, "ellipse_test_miou": 0.75}))
+    assert "ellipse in the box, which needs no model, 0.750" in told
+
+
+def test_a_card_asks_with_the_prompts_that_it_was_chosen_with() -> None:
+    told = card(about(tags={**TAGS, "prompt": "grid", "val_prompt": "point"}))
+    assert "--point X,Y" in told
+    assert "wesam.Prompts(points=points" in told
+    told = card(about(tags={**TAGS, "prompt": "coarse", "crop": "0"}))
+    assert "wesam predict IMAGE --polygon X0,Y0 X1,Y1 X2,Y2 --adapter" in told
+    assert "wesam.Prompts(polygons=polygons)" in told
+    assert "to be cut to their boxes" not in told
+    assert "in a window of its own" not in told
+    told = card(about(tags={**TAGS, "prompt": "tight-box"}))
+    assert "to be cut to their boxes" in told
+    assert "in a window of its own" in told

@@ -124,7 +124,9 @@ def test_wrong_input_is_told_in_a_line(packaged: Path) -> None:
         "must have a number for every click": sent(points=POINTS, labels=[[1]]),
         "at least one with 1": sent(points=[[[1, 2]]], labels=[[0]]),
         "expected clicks": sent(points=[[[1, 2, 3]]]),
-        "at least 3 corners": sent(polygons=[[[1, 2], [3, 4]]]),
+        "expected a polygon": sent(polygons=[[[1, 2], [3, 4]]]),
+        "with 3 corners or more, got": sent(polygons=[[[1, 2], [3, 4], [1, 2]]]),
+        "labels must have a number": sent(points=POINTS, labels=[]),
         "image 1: the box lies beside the image": sent(boxes=[[60, 0, 70, 9]]),
         "the box reaches too far beyond": sent(boxes=[[0, 0, 1e300, 1e300]]),
         "a click lies beside the image": sent(points=[[[12, 20], [1e300, 9]]]),
@@ -162,3 +164,6 @@ def test_the_champion_is_served_over_http(folder: Path, tracker: Tracker, tmp_pa
         with pytest.raises(urllib.error.HTTPError) as e:
             ask(sent(boxes=[[5, 5, 5, 9]]))
         assert e.value.code == 400
+        told = e.value.read().decode()
+        assert "expected a box" in told
+        assert len(told) < 300, "the image is not sent back"

@@ -63,7 +63,12 @@ def test_adapt_evaluate_and_predict_in_a_row(coco_folder: Path, tmp_path: Path) 
     assert main([*common, "--instances", "-1"]) == 2
 
     image, mask, picture = coco_folder / "images" / "test-0.png", tmp_path / "mask.png", tmp_path / "o.png"
-    for given in (["--box", "15,15,45,45"], ["--tight-box", "15,15,45,45"], ["--point", "30,30", "70,50,0"]):
+    for given in (
+        ["--box", "15,15,45,45"],
+        ["--tight-box", "15,15,45,45"],
+        ["--point", "30,30", "70,50,0"],
+        ["--polygon", "15,15", "45,20", "30,45"],
+    ):
         predict = ["predict", str(image), "--adapter", str(adapter), "--out", str(mask)]
         assert main([*predict, *given, "--overlay", str(picture)]) == 0
         pixels = np.asarray(Image.open(mask))
@@ -349,6 +354,9 @@ def test_baselines_are_drawn_from_the_given_labels(small: Path, tmp_path: Path) 
         ("predict {tmp}/i.png --point 5,5,0 --out {tmp}/m.png", "at least one with 1"),
         ("predict {tmp}/i.png --point 5,5 --out {tmp}/none/m.png", "cannot write"),
         ("predict {tmp}/i.png --point 5,nan --out {tmp}/m.png", "expected a click"),
+        ("predict {tmp}/i.png --polygon 5,5 9,9,9 7,5 --out {tmp}/m.png", "expected a corner x,y, got '9,9,9'"),
+        ("predict {tmp}/i.png --polygon 5,5 9,9 5,5 --out {tmp}/m.png", "three different corners"),
+        ("predict {tmp}/i.png --polygon 40,5 49,9 45,5 --out {tmp}/m.png", "a polygon lies beside the image"),
         ("predict {tmp}/i.png --point 5,5,0.5 --out {tmp}/m.png", "labelled 1"),
         (
             "predict {tmp}/i.png --box 30,2,35,9 --out {tmp}/m.png",
@@ -430,7 +438,15 @@ def test_an_argument_that_is_empty_is_no_path(tmp_path: Path, capsys: pytest.Cap
         assert f"error: {told} is given nothing" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("prompt", [["--box", "-5,-5,20,15"], ["--point", "-1,3", "8,8"], ["--box=-5.5,-5,20,15"]])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        ["--box", "-5,-5,20,15"],
+        ["--point", "-1,3", "8,8"],
+        ["--polygon", "-1,3", "8,8", "2,9"],
+        ["--box=-5.5,-5,20,15"],
+    ],
+)
 def test_coordinates_may_be_negative(prompt: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (30, 20)).save(tmp_path / "i.png")
     code = main(["predict", str(tmp_path / "i.png"), *prompt, "--out", str(tmp_path / "m.png")])

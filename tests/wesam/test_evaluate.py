@@ -252,3 +252,18 @@ class Everywhere(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.full_like(x, self.value)
+
+
+def test_what_is_no_image_and_what_is_no_box_is_refused(sam: Sam) -> None:
+    """A float image in 0..1, the common form elsewhere, would be nearly black."""
+    image, boxes = torch.zeros(3, 20, 30, dtype=torch.uint8), Prompts(boxes=torch.tensor([[1.0, 2, 9, 9]]))
+    for wrong, told in (
+        (image.float(), r"float32 \[3, 20, 30\]"), (image.permute(1, 2, 0), r"uint8 \[20, 30, 3\]"),
+        (image[0], r"uint8 \[20, 30\]"), (image.numpy(), r"uint8 \[3, 20, 30\]"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=f"must be a tensor, uint8 .*, got .*{told}"):
+            predict(sam, wrong, boxes)
+    for box in ([9.0, 2, 1, 9], [1.0, 2, 1, 9], [1.0, 2, float("nan"), 9]):
+        with pytest.raises(InputError, match="x1 above x0"):
+            predict(sam, image, Prompts(boxes=torch.tensor([box])))
+    assert len(predict(sam, image, boxes)[0]) == 1

@@ -133,14 +133,17 @@ def write_weights(sam: Sam, path: Path) -> None:
     """Writes the weights of a plain SAM, so that :func:`load_sam` reads them again by this path.
 
     path: ``.pth``, which segment_anything's own registry loads too where the model is one of its, or ``.safetensors``.
-    Raises InputError for another ending and for a file that cannot be written.
+    Raises InputError for another ending, for ``.pth`` of a nano that has another shape than the one of that name, and
+    for a file that cannot be written.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in sam.state_dict().items()}
+    nano = str(getattr(sam, "name_or_path", "")).partition("-")[0] == "nano"
+    if nano and path.suffix == ".pth" and shape_of(sam) != Shape():
+        raise InputError(f"cannot write {path}: of a nano of another shape only a .safetensors file says which")
     try:
         if path.suffix == ".pth":
             torch.save(state, path)
         elif path.suffix == ".safetensors":
-            nano = str(getattr(sam, "name_or_path", "")).partition("-")[0] == "nano"
             checkpoints.write_tensors(state, path, said_shape(shape_of(sam)) if nano else None)
         else:
             raise InputError(f"cannot write {path}: weights are written as .pth or .safetensors")
