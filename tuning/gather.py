@@ -68,14 +68,20 @@ def collect(plan: Plan, tracker: Tracker, *, compute: bool = True, cpus: int = 1
 
 
 def keep(tracker: Tracker, name: str, files: Mapping[str, str]) -> None:
-    """Puts a table's files among the artifacts of its run, where MLflow's pages show them."""
+    """Puts a table's files among the artifacts of its run, where MLflow's pages show them.
+
+    Raises InputError if its store does not take them.
+    """
     table = Known(tracker, name).table
     assert table is not None
     run_id = table.info.run_id
     with scratch() as folder:
         for file, text in files.items():
             (folder / file).write_text(text)
-        tracker.later(lambda: tracker.client.log_artifacts(run_id, str(folder))).result()
+        try:
+            tracker.later(lambda: tracker.client.log_artifacts(run_id, str(folder))).result()
+        except Exception as e:  # a store of artifacts has exceptions of its own
+            raise InputError(f"the table is written, but MLflow has not taken it: {reason_of(e)}") from None
 
 
 class _Driver:

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from tuning import table_page
+from tuning import gather, table_page
 from tuning.cells import Bench, Wanted, _differs, work
 from tuning.entries import Cell, blocks, check_cells, check_disjoint
 from tuning.table_words import words
 from tuning.tables import Group, Plan, groups, make_plan, rows
+from tuning.tracking import Tracker
 from wesam.config import Config
 from wesam.data import Domain, Split, load_domain
 from wesam.errors import InputError
@@ -377,3 +378,15 @@ def test_what_cannot_be_run_is_refused(given: dict[str, Any], message: str) -> N
     with pytest.raises(InputError) as refused:
         make_plan(**{"kind": "methods", "domains": ["clean"], **given})
     assert message in str(refused.value)
+
+
+def test_a_store_that_takes_no_table_is_told_in_a_line(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker.start("t", "table", None, {})
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tracker.client, "log_artifacts", full)
+    monkeypatch.setattr(tracker, "_stuck", True)  # it has been tried again and again before
+    with pytest.raises(InputError, match=r"the table is written, but .*No space left"):
+        gather.keep(tracker, "t", {"t.md": "a table"})
