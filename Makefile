@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 .PHONY: demo install lint test test-slow test-faults audit clean
 
-demo: install  ## a study on three procedural domains: 9 to 18 minutes on two cores
+demo: install  ## a study on three procedural domains: 13 to 20 minutes on two cores
 	$(BIN)/python -m tuning run --demo
 
 install: .venv/installed  ## everything into .venv, at the versions of constraints.txt

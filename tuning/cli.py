@@ -11,9 +11,23 @@ from shlex import quote
 from typing import Any
 
 from tuning import DEFAULT_URI, URI_VARIABLE, table_cli
-from tuning.plan import BUDGET, DEMO, KEYS, Lines, check, columns, in_file, make_plan, read_study, reason_of, shown
+from tuning.plan import (
+    BUDGET,
+    DEMO,
+    KEYS,
+    METHOD,
+    Lines,
+    check,
+    columns,
+    in_file,
+    make_plan,
+    read_study,
+    reason_of,
+    shown,
+)
 from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, guarded, json_file, program, spare_files, table, write_json
 from wesam.errors import InputError, at
+from wesam.methods import METHODS
 from wesam.options import spare_domain
 from wesam.sam import model_names
 
@@ -101,6 +115,7 @@ def _parser() -> Parser:
         "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE",
         help="fix a hyperparameter, as in lora.rank=8",
     )  # fmt: skip
+    p.add_argument("--method", help=f"how to adapt: one of {', '.join(METHODS)} (default: {METHOD}); as --set method=")
     p.add_argument("--storage", metavar="URL", help="folder or URL for checkpoints, reached by all workers")
     p.add_argument("--optuna", metavar="URL", help="database with the Optuna studies (default: a file in STORAGE/NAME)")
     p.add_argument(
@@ -145,7 +160,7 @@ def _run(args: argparse.Namespace) -> None:
     lines = {k: n for k, n in lines.items() if k[0] not in given}
     with in_file(args.study, lines):
         check(settings | given)
-        plan = make_plan(settings | given, args.set)
+        plan = make_plan(settings | given, args.set + ([f"method={args.method}"] if args.method else []))
     _spare(args, plan.domains)
     chosen = args.name or (args.study and "name" in settings)
     begin_with = (settings | given).get("from")

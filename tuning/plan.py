@@ -229,8 +229,8 @@ class Plan:
         return {path: axis.nearest(flat.get(path, mine[path]), mine[path]) for path, axis in self.space.items()}
 
     def differs(self, other: Plan) -> str | None:
-        """The first thing that the plans do not share, apart from how long to search, and from what the studies that
-        they begin with have found meanwhile.
+        """The first thing that the other plan has otherwise, in words, apart from how long to search, and from what the
+        studies that they begin with have found meanwhile.
         """
 
         def compared(plan: Plan) -> dict[str, Any]:
@@ -241,7 +241,11 @@ class Plan:
             return {**rest.pop("base").flat(), **searched, **rest, "from": started, "optuna": optuna}
 
         mine, others = compared(self), compared(other)
-        return next((n for n in mine | others if mine.get(n) != others.get(n)), None)
+        for name in mine | others:
+            if (here := mine.get(name)) != (there := others.get(name)):
+                plain = all(isinstance(v, str | int | float) and v != "" for v in (here, there))
+                return f"{name} {there}, not {here}" if plain else f"another {name}"
+        return None
 
     def to_json(self) -> str:
         """Everything but the password of the Optuna database, as text that :meth:`from_json` reads."""

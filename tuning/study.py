@@ -55,14 +55,15 @@ def new_study(plan: Plan, tracker: Tracker, *, rename: bool = False) -> dict[str
     if plan.name not in taken:
         return _study(plan, tracker, None)
     if rename:
-        free = (f"{plan.name}-{n}" for n in range(2, len(taken) + 3))
-        return _study(replace(plan, name=next(n for n in free if n not in taken)), tracker, None)
+        name = next(n for n in (f"{plan.name}-{k}" for k in range(2, len(taken) + 3)) if n not in taken)
+        print(f"there is a study {plan.name!r} already, which 'resume {plan.name}' goes on with; this is {name!r}")
+        return _study(replace(plan, name=name), tracker, None)
     stored = taken[plan.name]
     before = _plan(tracker, stored)
     if before is None:
         return _study(plan, tracker, stored)
     if differs := plan.differs(before):
-        raise InputError(f"there is a study {plan.name!r} with another {differs} at {tracker.uri}: give another --name")
+        raise InputError(f"the study {plan.name!r} at {tracker.uri} has {differs}: give another --name")
     same = {k: getattr(plan, k) for k in (*BUDGET, "optuna")}
     return _go_on(replace(before, **same), before, tracker, stored)
 
@@ -77,8 +78,9 @@ def resume_study(
     """
     stored, before = begun_study(name, tracker)
     plan = replace(before, **(budget or {}), optuna=optuna or before.optuna)
-    if differs := plan.differs(before):
-        raise InputError(f"the study {name!r} has another {differs}: {shown(before.optuna) or 'a file in runs'}")
+    if plan.differs(before):
+        where = shown(before.optuna) or "in a file of its own"
+        raise InputError(f"the Optuna studies of {name!r} are {where}: give no other --optuna")
     if HIDDEN in plan.optuna:
         raise InputError(f"the Optuna studies of {name!r} are at {plan.optuna}: give --optuna URL with its password")
     return _go_on(plan, before, tracker, stored)
@@ -197,8 +199,8 @@ def _study(plan: Plan, tracker: Tracker, stored: Stored | None) -> dict[str, Any
                     run.log({HOURS: (spent := budget.hours())})
                 time.sleep(0.5)
         except KeyboardInterrupt:
-            board.say("stopping; finished trials are kept")
             runtime.once_is_enough()
+            board.say("stopping; finished trials are kept")
             # in a thread: if Ray has been asked to end as well, it does not answer
             threading.Thread(target=leaving.tell, args=(plan.name,), daemon=True).start()
             deadline = time.monotonic() + GRACE

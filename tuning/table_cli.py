@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from tuning.tables import Kind, make_plan
-from wesam.console import DOMAIN_HELP, PROMPT_HELP
+from wesam.console import DOMAIN_HELP, PROMPT_HELP, Words
 from wesam.errors import InputError
 from wesam.methods import METHODS
 from wesam.sam import model_names
@@ -34,11 +34,11 @@ def add_options(p: argparse.ArgumentParser) -> None:
         help=f"one of {', '.join(model_names())}, or a file with weights (default: nano)",
     )
     p.add_argument(
-        "--prompts", nargs="+", default=["box", "point", "coarse"], metavar="KIND",
+        "--prompts", nargs="+", action=Words, default=["box", "point", "coarse"], metavar="KIND",
         help=f"{PROMPT_HELP} (default: box point coarse)",
     )  # fmt: skip
     p.add_argument(
-        "--methods", nargs="+", metavar="METHOD",
+        "--methods", nargs="+", action=Words, metavar="METHOD",
         help=f"of {', '.join(METHODS)} (default: all in the table methods, wesam in the others)",
     )  # fmt: skip
     p.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each cell (default: 3)")

@@ -131,7 +131,7 @@ class AdaptedSam:
         write_tensors(state, directory / WEIGHTS_FILE, {"crop": str(self.crop), "train": self.train})
 
     @classmethod
-    def load(cls, sam: Sam, directory: Path) -> AdaptedSam:
+    def load(cls, sam: Sam, directory: Path | str) -> AdaptedSam:
         """The adapter that :meth:`save` wrote, on the same SAM.
 
         Raises InputError if it is none, or another SAM's: before any of its tensors is read for a file that holds
@@ -139,6 +139,7 @@ class AdaptedSam:
         """
         import peft
 
+        directory = Path(directory)
         with _reading(directory):
             base, lora, alpha = _said(directory)
             if base != _name(sam):

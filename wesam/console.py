@@ -11,14 +11,19 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from PIL import Image
 
 from wesam.errors import InputError
+
+LOGGED = 30.0
+"""Seconds between two lines of progress in a log."""
 
 DOMAIN_HELP = (
     "a name (wesam domains lists them), or a folder or fsspec address: COCO listings, or images with label images;"
@@ -103,6 +108,21 @@ def guarded(run: Callable[[], int | None]) -> int:
     return code
 
 
+class Words(argparse.Action):
+    """Words with spaces or commas between them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """As the base has it."""
+        setattr(namespace, self.dest, [word for value in values for word in value.split(",") if word])
+
+
+def picture_file(text: str) -> Path:
+    """A picture that is going to be written: a format that there is, in a folder that is there."""
+    if Path(text).suffix.lower() not in Image.registered_extensions():
+        raise argparse.ArgumentTypeError(f"cannot write {text}: its ending is no picture's, give a .png")
+    return json_file(text)
+
+
 def json_file(text: str) -> Path:
     """What ``--json`` is given: a file in a folder that is there, or a result would be lost after hours."""
     path = Path(text)
@@ -157,5 +177,14 @@ def line(text: str) -> None:
 
 
 def progress(what: str) -> Callable[[int, int], None]:
-    """Such a line that counts; it goes when all is done."""
-    return lambda done, total: line(f"{what} {done}/{total}" if done < total else "")
+    """Such a line that counts; it goes when all is done. Where nobody looks on, a line every half minute."""
+    told = time.monotonic()
+
+    def watch(done: int, total: int) -> None:
+        nonlocal told
+        line(f"{what} {done}/{total}" if done < total else "")
+        if not sys.stderr.isatty() and time.monotonic() - told > LOGGED:
+            print(f"{what} {done}/{total}", file=sys.stderr, flush=True)
+            told = time.monotonic()
+
+    return watch

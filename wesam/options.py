@@ -7,6 +7,7 @@ import itertools
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,7 +15,7 @@ import torch
 
 from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE
 from wesam.config import PRESETS, Config, Objective, PromptKind
-from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, json_file, spare_files
+from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, Words, json_file, picture_file, spare_files
 from wesam.data import NOTES, SPLITS, Domain, load_domain, located, place_of
 from wesam.data.files import Folder, is_address
 from wesam.data.folders import PICTURES
@@ -30,6 +31,7 @@ Command = Callable[[argparse.Namespace], int | None]
 def make_parser(run: Mapping[str, Command]) -> Parser:
     """The parser of the whole command line; run: what each command does, which becomes ``run`` of its arguments."""
     parser = Parser(prog="wesam", description="Adapt Segment Anything to an image domain from weak labels alone.")
+    parser.add_argument("--version", action="version", version=f"wesam {version('wesam')}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
@@ -112,7 +114,7 @@ def make_parser(run: Mapping[str, Command]) -> Parser:
     model(p, "whose clicks a grid's are; ")
     p.add_argument("--split", choices=SPLITS, default="train")
     p.add_argument("--images", type=int, default=12, help="(default: 12)")
-    p.add_argument("--out", type=Path, required=True, metavar="SHEET.png")
+    p.add_argument("--out", type=picture_file, required=True, metavar="SHEET.png")
 
     p = command("evaluate", "Score a model, with or without an adapter, on a split of a domain.")
     data(p, prompt=_kinds)
@@ -165,7 +167,7 @@ def make_parser(run: Mapping[str, Command]) -> Parser:
     data(p)
     model(p)
     crop(p, "default: the preset's")
-    p.add_argument("--methods", nargs="+", default=["wesam", "supervised"], metavar="METHOD")
+    p.add_argument("--methods", nargs="+", action=Words, default=["wesam", "supervised"], metavar="METHOD")
     runs(p, "method")
     result(p)
 
@@ -211,8 +213,10 @@ def make_parser(run: Mapping[str, Command]) -> Parser:
     given.add_argument("--polygon", nargs="+", metavar="X,Y", help="the corners of its rough outline, in pixels")
     adapter(p)
     crop(p, "default: as it was adapted")
-    p.add_argument("--out", type=Path, required=True, metavar="MASK.png", help="the mask: 255 inside, 0 outside")
-    p.add_argument("--overlay", type=Path, metavar="PICTURE.png", help="the mask drawn over the image")
+    p.add_argument(
+        "--out", type=picture_file, required=True, metavar="MASK.png", help="the mask: 255 inside, 0 outside"
+    )
+    p.add_argument("--overlay", type=picture_file, metavar="PICTURE.png", help="the mask drawn over the image")
     result(p)
     text = "Write a model with its adapter for other programs: merged into plain weights, or for transformers and PEFT."
     p = command("export", text)

@@ -42,7 +42,10 @@ NO_CLICK = -1
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """The weak labels of N instances, all of one kind, in one frame; what the kind does not have is None."""
+    """The weak labels of N instances, all of one kind, in one frame; what the kind does not have is None.
+
+    Lists and arrays of these shapes become tensors.
+    """
 
     boxes: Tensor | None = None
     """[N, 4] float, (x0, y0, x1, y1)."""
@@ -56,6 +59,12 @@ class Prompts:
     """Whether a box holds the whole of its object: predicted masks are then cut to it."""
 
     def __post_init__(self) -> None:
+        for name, kind in (("boxes", torch.float32), ("points", torch.float32), ("point_labels", torch.int)):
+            if (given := getattr(self, name)) is not None and not isinstance(given, Tensor):
+                object.__setattr__(self, name, torch.as_tensor(given, dtype=kind))
+        if not all(isinstance(p, Tensor) for p in self.polygons or ()):
+            polygons = tuple(torch.as_tensor(p, dtype=torch.float32) for p in self.polygons or ())
+            object.__setattr__(self, "polygons", polygons)
         if sum(x is not None for x in (self.boxes, self.points, self.polygons)) != 1:
             raise ValueError("prompts are of exactly one kind: boxes, points or polygons")
         if self.tight and self.boxes is None:

@@ -69,8 +69,16 @@ def run_adapt(args: argparse.Namespace) -> None:
         print(f"{done}  val {what} {value:.3f}  {time.monotonic() - began:.0f} s{kept}", flush=True)
 
     reports = adapt(sam, domain, config, label_free=args.objective == "label-free")
-    with _place(args.out, old, lambda: kept_step > 0) as folder:
-        best = keep_best(reports, folder, objective=args.objective, watch=watch)
+    try:
+        with _place(args.out, old, lambda: kept_step > 0) as folder:
+            best = keep_best(reports, folder, objective=args.objective, watch=watch)
+    except KeyboardInterrupt:
+        line("")
+        if curve:
+            kept = f"its adapter of step {kept_step}" if kept_step else "an adapter that changes nothing"
+            kept = "the adapter of before" if old and not kept_step else kept
+            print(f"{args.out} holds {kept}; the same command with --overwrite begins again", file=sys.stderr)
+        raise
     row = {
         "domain": domain.name, "model": args.model, "method": config.method, "prompt": config.prompt,
         "crop": config.crop, "score": best.val.name(args.objective), "direct": best.direct.value(args.objective),

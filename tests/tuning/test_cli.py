@@ -63,7 +63,7 @@ def test_a_study_whose_database_has_a_password_goes_on_when_it_is_given_again(
     tracker.flush()
     for options, message in (
         ([], "'s' are at mysql+nonsense://me:***@host/x: give --optuna URL with its password"),
-        (["--optuna", "mysql://me:secret@host/y"], "another optuna: mysql+nonsense://me:***@host/x"),
+        (["--optuna", "mysql://me:secret@host/y"], "'s' are mysql+nonsense://me:***@host/x: give no other --optuna"),
         (["--optuna", address], "cannot reach the Optuna storage mysql+nonsense://me:***@host/x"),
     ):
         assert main(["resume", "s", "--tracking-uri", tracker.uri, *options]) == 2

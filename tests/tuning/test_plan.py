@@ -65,16 +65,19 @@ def test_the_password_of_a_database_stays_out_of_the_json_and_makes_no_differenc
     first = plan(optuna="postgresql://me:secret@host/db")
     assert "secret" not in first.to_json()
     assert first.differs(Plan.from_json(first.to_json())) is None
-    assert plan(optuna="postgresql://me:secret@elsewhere/db").differs(first) == "optuna"
+    assert plan(optuna="postgresql://me:secret@elsewhere/db").differs(first) == (
+        "optuna postgresql://me:***@host/db, not postgresql://me:***@elsewhere/db"
+    )
+    assert plan().differs(first) == "another optuna"
 
 
 def test_what_two_plans_differ_in_is_named() -> None:
-    assert plan(steps=8).differs(plan(steps=9)) == "steps"
-    assert plan(["optim.batch_size=3"]).differs(plan()) == "optim.batch_size"
-    assert plan(space={"lora.rank": {"choices": [2, 4]}}).differs(plan()) == "space of lora.rank"
+    assert plan(steps=8).differs(plan(steps=9)) == "steps 9, not 8"
+    assert plan(["optim.batch_size=3"]).differs(plan()) == "optim.batch_size 4, not 3"
+    assert plan(space={"lora.rank": {"choices": [2, 4]}}).differs(plan()) == "another space of lora.rank"
     found, later = ((f"other/{name}", Config().flat()) for name in ("medical", "camouflaged"))
     assert replace(plan(), warm=(found,)).differs(replace(plan(), warm=(later, found))) is None, "it has gone on since"
-    assert replace(plan(), warm=(found,)).differs(plan()) == "from"
+    assert replace(plan(), warm=(found,)).differs(plan()) == "another from"
     assert plan(trials=3).differs(plan(trials=9)) is None
 
 

@@ -249,7 +249,7 @@ def test_trials_of_one_worker_share_their_actors(
     assert (tmp_path / "report" / "overlay-small.png").stat().st_size > 1000
 
     _enlarged_and_begun_with(small, tmp_path, tracker)
-    with pytest.raises(InputError, match="there is a study 's' with another seed"):
+    with pytest.raises(InputError, match=r"the study 's' at .* has seed"):
         new_study(make(small, tmp_path, seed=1), tracker)
     for again in (lambda: new_study(make(small, tmp_path, trials=5), tracker), lambda: resume_study("s", tracker)):
         with pytest.raises(InputError, match="is finished"):

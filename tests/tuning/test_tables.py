@@ -382,6 +382,7 @@ def test_what_cannot_be_run_is_refused(given: dict[str, Any], message: str) -> N
 
 def test_a_store_that_takes_no_table_is_told_in_a_line(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
     tracker.start("t", "table", None, {})
+    tracker.flush()
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")

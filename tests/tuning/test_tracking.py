@@ -258,3 +258,8 @@ def test_mlflow_is_told_where_data_come_from(given: str, kind: str, loaded: dict
 def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert tracking.environment.__wrapped__()["mlflow.source.git.commit"] == "unknown"
+
+
+def test_an_address_without_a_scheme_is_told_what_is_missing() -> None:
+    with pytest.raises(InputError, match=r"mlflow.db is no address: .* sqlite:///mlflow.db"):
+        Tracker("mlflow.db")

@@ -6,17 +6,19 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from wesam import AdaptedSam, baseline, load_domain, load_sam
+from wesam import AdaptedSam, baseline, console, load_domain, load_sam, training
 from wesam.adapters import WEIGHTS_FILE
-from wesam.cli import main
+from wesam.cli import COMMANDS, main
 from wesam.config import LoraConfig
 from wesam.console import guarded, program
 from wesam.data import SPLITS
+from wesam.options import make_parser
 from wesam.sam import write_weights
 from wesam.sam.nano import Shape, build_nano
 from wesam.training import _place
@@ -352,7 +354,7 @@ def test_baselines_are_drawn_from_the_given_labels(small: Path, tmp_path: Path) 
         ("predict {tmp}/i.png --box 1,2,3 --out {tmp}/m.png", "expected a box x0,y0,x1,y1, got '1,2,3'"),
         ("predict {tmp}/i.png --box 5,5,5,9 --out {tmp}/m.png", "is empty"),
         ("predict {tmp}/i.png --point 5,5,0 --out {tmp}/m.png", "at least one with 1"),
-        ("predict {tmp}/i.png --point 5,5 --out {tmp}/none/m.png", "cannot write"),
+        ("predict {tmp}/i.png --point 5,5 --out {tmp}/none/m.png", "in one that is not there"),
         ("predict {tmp}/i.png --point 5,nan --out {tmp}/m.png", "expected a click"),
         ("predict {tmp}/i.png --polygon 5,5 9,9,9 7,5 --out {tmp}/m.png", "expected a corner x,y, got '9,9,9'"),
         ("predict {tmp}/i.png --polygon 5,5 9,9 5,5 --out {tmp}/m.png", "three different corners"),
@@ -396,7 +398,7 @@ def test_baselines_are_drawn_from_the_given_labels(small: Path, tmp_path: Path) 
         ("adapt --domain clean --out {tmp}/a --set crop=2", "use --crop"),
         ("adapt --domain clean --out {tmp}/a --seed 4294967296", "seed must lie in"),
         ("show clean --images 0 --out {tmp}/s.png", "--images must be at least 1"),
-        ("show clean --images 1 --out {tmp}/none/s.png", "cannot write"),
+        ("show clean --images 1 --out {tmp}/none/s.png", "in one that is not there"),
         ("", "COMMAND"),
     ],
 )
@@ -545,7 +547,7 @@ def test_nothing_that_a_domain_links_to_is_overwritten(
 @pytest.mark.parametrize(
     "arguments",
     ["check {long}", "evaluate --domain {d} --adapter {long}/a", "evaluate --domain {d} --model {long}.pth",
-     "show {d} --out {long}", "check {d} --json {long}"],
+     "show {d} --out {long}.png", "check {d} --json {long}"],
 )  # fmt: skip
 def test_a_path_that_cannot_be_looked_at_is_one_line(
     arguments: str, coco_folder: Path, capsys: pytest.CaptureFixture[str]
@@ -583,3 +585,39 @@ def test_the_next_command_can_be_pasted(tmp_path: Path, monkeypatch: pytest.Monk
     assert program("wesam") == ".venv/bin/wesam"
     monkeypatch.setenv("PATH", str(python.parent))
     assert program("wesam") == "wesam"
+
+
+def test_words_are_taken_with_spaces_and_with_commas() -> None:
+    parser = make_parser(COMMANDS)
+    for given in (["tent", "wesam"], ["tent,wesam"], ["tent,", "wesam"]):
+        assert parser.parse_args(["compare", "--domain", "clean", "--methods", *given]).methods == ["tent", "wesam"]
+
+
+def test_a_log_is_told_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    watch = console.progress("evaluating")
+    for n in range(10):
+        now[0] = 12.0 * n
+        watch(n, 10)
+    assert capsys.readouterr().err.splitlines() == ["evaluating 3/10", "evaluating 6/10", "evaluating 9/10"]
+
+
+def test_an_adaptation_that_is_stopped_says_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(reports: Any, folder: Path, *, objective: str, watch: Any) -> None:
+        watch(next(iter(reports)), True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "keep_best", stopped)
+    assert main(["adapt", "--domain", "clean", "--set", "val_instances=1", "--out", str(tmp_path / "a")]) == 130
+    told = f"{tmp_path / 'a'} holds an adapter that changes nothing; the same command with --overwrite begins again"
+    assert told in capsys.readouterr().err
+
+
+def test_a_folder_of_domains_names_them(coco_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(coco_folder.parent)]) == 1
+    assert f"is no domain, but {coco_folder.name} in it is one" in capsys.readouterr().out
+    assert main(["evaluate", "--domain", __file__, "--prompt", "box"]) == 2
+    assert "is a file: a domain is a folder, or a COCO listing" in capsys.readouterr().err

@@ -3,7 +3,9 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -210,3 +212,20 @@ def test_noise_moves_boxes_and_leaves_clicks_out_but_never_all_of_them() -> None
     polygon = Prompts(polygons=(torch.tensor([[0.0, 0], [10, 0], [10, 20]]),)).noisy(0.1, generator).polygons
     assert polygon is not None
     assert not torch.equal(polygon[0], torch.tensor([[0.0, 0], [10, 0], [10, 20]]))
+
+
+def test_lists_and_arrays_become_tensors() -> None:
+    """As a person types them."""
+    given: list[Any] = [[[40, 30, 120, 110]], np.array([[40, 30, 120, 110]])]
+    for boxes in given:
+        made = Prompts(boxes=boxes).boxes
+        assert made is not None
+        assert torch.equal(made, torch.tensor([[40.0, 30, 120, 110]]))
+    xy: Any = [[[1, 2], [3, 4]]]
+    labels: Any = [[1, 0]]
+    clicks = Prompts(points=xy, point_labels=labels)
+    assert clicks.points is not None
+    assert clicks.point_labels is not None
+    assert (clicks.points.dtype, clicks.point_labels.dtype) == (torch.float32, torch.int)
+    outline: Any = ([[1, 2], [9, 2], [4, 8]],)
+    assert Prompts(polygons=outline).filled((10, 10)).sum() > 9

@@ -85,6 +85,8 @@ def load_domain(name: str) -> Domain:
     place = parse_cut(name)[0]
     if is_address(place) or Path(place).is_dir() or (place.endswith(".json") and Path(place).is_file()):
         return read_folder(name)
+    if Path(place).is_file():
+        raise InputError(f"{place} is a file: a domain is a folder, or a COCO listing (.json)")
     if "/" in place or place.endswith(".json"):
         raise InputError(f"no such {'file' if place.endswith('.json') else 'folder'}: {place}")
     raise unknown("domain", name, domain_names())

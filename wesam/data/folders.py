@@ -6,14 +6,14 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import numpy as np
 
 from wesam.data.coco import is_listing, listed
 from wesam.data.domain import SPLITS, Domain
-from wesam.data.files import Folder
+from wesam.data.files import Folder, is_address
 from wesam.data.listing import Entry, Findings, by_name, domain, told
 from wesam.data.pairs import Decode, Pair, digest_of, numbered, read_pairs
 from wesam.data.published import PUBLISHED, Published, every_nth, voc_objects
@@ -28,6 +28,9 @@ LABEL_IMAGES: tuple[tuple[str, Sequence[str], Decode], ...] = (
     ("JPEGImages", ("SegmentationObject",), voc_objects),
 )
 """The folder of images, those that may hold their label images, and what these mean."""
+
+MANY = 50
+"""Folders within one that is no domain are looked at, whether they are any, up to so many."""
 
 NAMES_OF_SPLITS = {
     "train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing"),
@@ -100,6 +103,9 @@ def read_folder(place: str) -> Domain:
         strange += unlike.left_out
     if strange:
         raise InputError(f"{place} is no domain: no labels have the name of an image{told(strange)}")
+    within = () if is_address(place) else sorted(p for p in Path(place).iterdir() if p.is_dir())[:MANY]
+    if inner := [p.name for p in within if has_layout(str(p))]:
+        raise InputError(f"{place} is no domain, but {', '.join(inner)} in it {'is one' if len(inner) == 1 else 'are'}")
     raise InputError(
         f"{place} is no domain: it has no train.json, val.json and test.json, no COCO listing, no images/ with labels/ "
         "or masks/ beside it, no JPEGImages/ with SegmentationObject/, and is none of the published data sets "

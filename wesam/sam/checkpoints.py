@@ -70,7 +70,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} is no checkpoint of plain tensors: it is damaged, or carries code; not read"
         ) from None
     except Exception as e:  # whatever torch's unpickler makes of the bytes
-        raise InputError(f"{path} is damaged: {reason(e)}") from None
+        raise InputError(f"{path} is no file of weights (.pth, .safetensors), or damaged: {reason(e)}") from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path} holds something else than tensors by name")
     return {str(k).removeprefix("module."): v.float() for k, v in state.items()}
