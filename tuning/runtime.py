@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from wesam import console
 from wesam.data import place_of
 from wesam.errors import InputError, reason
-from wesam.sam import weights_digest
+from wesam.sam import REGISTRY, weights_digest
 
 
 def quiet() -> None:
@@ -125,13 +125,15 @@ def check_nodes(model: str, domains: Iterable[str], storage: str | None = None) 
     nodes = _nodes()
     if len(nodes) < 2:
         return
-    digest, mark = weights_digest(model), ""
+    travels, mark = model in REGISTRY and not REGISTRY[model].url, ""  # with the package
+    digest = "" if travels else weights_digest(model)
     places = {p: "domains have to be at the same path on all nodes" for d in domains if os.path.isabs(p := place_of(d))}
     with contextlib.ExitStack() as stack:
         if storage and "://" not in storage:
             mark = stack.enter_context(tempfile.NamedTemporaryFile(dir=storage, prefix=".seen-")).name
             places[mark] = "give a --storage that all nodes share, or a URL such as s3://bucket/studies"
-        answers = list(zip((name for _, name in nodes), _answers(list(places), model, nodes), strict=True))
+        found = _answers(list(places), "" if travels else model, nodes)
+        answers = list(zip((name for _, name in nodes), found, strict=True))
     for place, hint in places.items():
         if blind := sorted(name for name, (seen, _) in answers if place not in seen):
             folder = storage if place == mark else place
@@ -151,15 +153,17 @@ def _nodes() -> list[tuple[str, str]]:
 def _answers(
     places: Collection[str], model: str, nodes: Iterable[tuple[str, str]]
 ) -> Iterator[tuple[Collection[str], str]]:
-    """Which of the files and folders each node sees, and the digest of its weights, "" for none.
+    """Which of the files and folders each node sees, and the digest of its weights of this model, "" for none.
 
     A node that has left meanwhile need not: of it, it is said that it has all.
     """
 
     def look() -> tuple[Collection[str], str]:
+        seen = [p for p in places if os.path.exists(p)]
+        if not model:
+            return seen, ""
         from wesam.sam import weights_digest
 
-        seen = [p for p in places if os.path.exists(p)]
         try:
             return seen, weights_digest(model)
         except InputError:
@@ -171,7 +175,7 @@ def _answers(
         try:
             yield ray.get(answer)
         except ray.exceptions.RayError:
-            yield places, weights_digest(model)
+            yield places, weights_digest(model) if model else ""
 
 
 def worker_resources(gpus: float = 1.0) -> dict[str, float]:

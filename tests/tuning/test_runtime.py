@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from ray.tune.experiment import Trial
 
 from tuning import runtime, trainer
 from wesam.errors import InputError
-from wesam.sam import weights_digest
+from wesam.sam import find_model, weights_digest
 
 NODES = [("a", "head"), ("b", "worker-1"), ("c", "worker-2")]
 
@@ -40,7 +41,8 @@ def test_every_node_has_to_see_the_folder_for_checkpoints(
     def answers(places: list[str], model: str, asked: list[tuple[str, str]]) -> list[tuple[list[str], str]]:
         assert all(Path(p).exists() for p in places)
         assert asked == nodes
-        return [(places if sees else [], WEIGHTS) for sees in seeing]
+        assert not model, "it ships with the project"
+        return [(places if sees else [], "") for sees in seeing]
 
     monkeypatch.setattr(runtime, "_nodes", lambda: nodes)
     monkeypatch.setattr(runtime, "_answers", answers)
@@ -58,8 +60,8 @@ def test_every_node_has_to_see_the_folder_for_checkpoints(
         ("{}@0.7/0.1/0.2+fog:3", True, WEIGHTS, None),
         ("{}@0.7/0.1/0.2+fog:3", False, WEIGHTS, "^{} is not there on worker-1: domains have to be"),
         ("medical+fog:3", False, WEIGHTS, None),
-        ("{}", True, "", "nano has not the weights of this machine, or none, on worker-1"),
-        ("{}", True, "0" * 64, "nano has not the weights of this machine, or none, on worker-1"),
+        ("{}", True, "", "mine.safetensors has not the weights of this machine, or none, on worker-1"),
+        ("{}", True, "0" * 64, "mine.safetensors has not the weights of this machine, or none, on worker-1"),
     ],
 )
 def test_every_node_has_to_have_the_domains_and_the_weights(
@@ -68,13 +70,15 @@ def test_every_node_has_to_have_the_domains_and_the_weights(
     def answers(places: list[str], model: str, asked: list[tuple[str, str]]) -> list[tuple[list[str], str]]:
         return [(places, WEIGHTS), (places if there else [], weights), (places, WEIGHTS)]
 
+    own = str(tmp_path / "mine.safetensors")
+    shutil.copy(find_model("nano"), own)
     monkeypatch.setattr(runtime, "_nodes", lambda: NODES)
     monkeypatch.setattr(runtime, "_answers", answers)
     if told is None:
-        runtime.check_nodes("nano", [given.format(tmp_path)])
+        runtime.check_nodes(own, [given.format(tmp_path)])
     else:
         with pytest.raises(InputError, match=told.format(tmp_path)):
-            runtime.check_nodes("nano", [given.format(tmp_path)])
+            runtime.check_nodes(own, [given.format(tmp_path)])
 
 
 def test_a_gpu_that_cannot_be_used_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
