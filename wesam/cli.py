@@ -25,7 +25,7 @@ from wesam.data import NOTES, PUBLISHED, SPLITS, Domain, Split, load_domain, loc
 from wesam.data.domain import Unusable, pixels_digest, told_shared
 from wesam.data.images import read_image
 from wesam.drawings import check_drawable
-from wesam.errors import InputError
+from wesam.errors import InputError, plainly
 from wesam.evaluate import baseline, crop_of, evaluate, predict
 from wesam.export import export_peft
 from wesam.found import adapter_folder
@@ -298,7 +298,7 @@ def _save(picture: Image.Image, path: Path) -> None:
     try:
         picture.save(path)
     except (OSError, ValueError) as e:
-        raise InputError(f"cannot write {path}: {e}") from None
+        raise InputError(f"cannot write {path}: {plainly(e)}") from None
 
 
 COMMANDS: dict[str, Command] = {

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from wesam.errors import InputError, unknown
+from wesam.errors import InputError, plainly, unknown
 
 PromptKind = Literal[
     "box", "tight-box", "point", "coarse", "coarse-box",
@@ -297,7 +297,7 @@ def read_config(file: Path) -> Config:
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError) as e:
-        raise InputError(f"cannot read the configuration {file}: {e}") from None
+        raise InputError(f"cannot read the configuration {file}: {plainly(e)}") from None
     fields = found.get("config", found) if isinstance(found, dict) else None
     if not isinstance(fields, dict):
         raise InputError(f'{file} is no configuration: expected an object of fields, as {{"lora.rank": 8}}')

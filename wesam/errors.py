@@ -33,6 +33,11 @@ def reason(error: Exception, *, last: bool = False) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1 if last else 0]
 
 
+def plainly(error: Exception) -> str:
+    """What went wrong with a file, which is named beside it, without the error's number and the name once more."""
+    return getattr(error, "strerror", None) or reason(error)
+
+
 def one_of(kind: str, given: str, known: Iterable[str]) -> Any:
     """The given name if it is known; raises InputError with the nearest right one if it is not."""
     if given not in (names := tuple(known)):

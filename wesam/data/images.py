@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from wesam.errors import InputError
+from wesam.errors import InputError, plainly
 
 MOST_PIXELS = 150_000_000
 """An image with more is refused before it is decoded."""
@@ -41,7 +41,7 @@ def read_image(file: Path, size: tuple[int, int] | None = None, content: bytes |
         try:
             return np.asarray((image if lying else ImageOps.exif_transpose(image)).convert("RGB"))
         except (OSError, SyntaxError, ValueError) as e:
-            raise InputError(f"cannot read the image {file}: {e}") from None
+            raise InputError(f"cannot read the image {file}: {plainly(e)}") from None
 
 
 def read_labels(file: Path) -> np.ndarray:
@@ -52,7 +52,7 @@ def read_labels(file: Path) -> np.ndarray:
         try:
             values = np.asarray(image.convert("RGB") if image.mode in ("RGBA", "CMYK", "YCbCr") else image)
         except (OSError, SyntaxError, ValueError) as e:
-            raise InputError(f"cannot read the image {file}: {e}") from None
+            raise InputError(f"cannot read the image {file}: {plainly(e)}") from None
     if values.dtype.kind == "f" and not (np.isfinite(values).all() and (values == values.round()).all()):
         raise InputError(f"{file} holds fractions: it is no label image")
     wide = values.astype(np.int64)
@@ -69,7 +69,7 @@ def _turned(image: Image.Image, file: Path) -> bool:
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     except (OSError, SyntaxError, ValueError) as e:
-        raise InputError(f"cannot read the image {file}: {e}") from None
+        raise InputError(f"cannot read the image {file}: {plainly(e)}") from None
 
 
 def _opened(file: Path, deep: bool = False, content: bytes | None = None) -> Image.Image:
@@ -80,7 +80,7 @@ def _opened(file: Path, deep: bool = False, content: bytes | None = None) -> Ima
     except UnidentifiedImageError:
         raise InputError(f"cannot read the image {file}: it is none, or of an unknown format") from None
     except (OSError, SyntaxError, ValueError) as e:
-        raise InputError(f"cannot read the image {file}: {e}") from None
+        raise InputError(f"cannot read the image {file}: {plainly(e)}") from None
     except Image.DecompressionBombError:
         raise InputError(f"{file} has more than {MOST_PIXELS // 10**6} million pixels: not read") from None
     if image.width * image.height > MOST_PIXELS:

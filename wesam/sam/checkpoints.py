@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from wesam.errors import InputError, reason
+from wesam.errors import InputError, plainly, reason
 
 BLOCK = 2**20
 ATTEMPTS = 5
@@ -64,7 +64,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             while isinstance(state, dict) and len(inner := [k for k in ("model", "state_dict") if k in state]) == 1:
                 state = state[inner[0]]
     except (OSError, SafetensorError) as e:
-        raise InputError(f"cannot read weights from {path}: {e}") from None
+        raise InputError(f"cannot read weights from {path}: {plainly(e)}") from None
     except pickle.UnpicklingError:
         raise InputError(
             f"{path} is no checkpoint of plain tensors: it is damaged, or carries code; not read"
