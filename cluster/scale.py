@@ -30,23 +30,27 @@ from ray.experimental.internal_kv import (
 POLL = 5.0
 """Seconds between two looks at the cluster."""
 
+AGAIN = 60.0
+"""Seconds after which a running command's request is made again."""
+
 NAMESPACE = b"wesam.scale"
 """Where in Ray's store of keys the entries are: a driver's job id -> how many of which resource it asks for."""
 
 
-def grow(kind: str, count: int, patience: float) -> int:
-    """Asks for so many CPUs, or GPUs with a CPU each, beside what others have asked for, and waits for all of them.
+def grow(kind: str, count: int, patience: float) -> tuple[int, int]:
+    """Asks for so many CPUs, or GPUs with a CPU each, beside what others ask for, and waits for all of them.
 
-    Returns how many are there in the end. The request stays until :func:`release`: workers that are lost are replaced.
+    Returns how many are there in the end, and how many all ask for. The request stays until :func:`release`: workers
+    that are lost are replaced.
     """
     _internal_kv_put(_own(), json.dumps({kind: count}).encode(), namespace=NAMESPACE)
-    wanted = ask()[kind]
     deadline = time.monotonic() + patience
-    while (have := int(ray.cluster_resources().get(kind, 0))) < wanted:  # type: ignore[no-untyped-call]
-        if time.monotonic() > deadline:
-            break
+    while True:
+        wanted = ask()[kind]  # each time: another may have begun, or ended
+        have = int(ray.cluster_resources().get(kind, 0))  # type: ignore[no-untyped-call]
+        if have >= wanted or time.monotonic() > deadline:
+            return have, wanted
         time.sleep(POLL)
-    return have
 
 
 def release() -> None:
@@ -93,9 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
     with _joined():  # as long as the command runs: by that others know that the request is still wanted
         try:
             print(f"waiting for {count} {kind}s ...", flush=True)
-            have = grow(kind, count, args.wait)
-            if have < count:
-                print(f"after {args.wait:.0f} s there are {have} of {count} {kind}s", flush=True)
+            have, wanted = grow(kind, count, args.wait)
+            if have < wanted:
+                print(f"after {args.wait:.0f} s there are {have} of {wanted} {kind}s", flush=True)
             return _run(args.command) if have else 1
         finally:
             release()
@@ -119,7 +123,12 @@ def _run(command: list[str]) -> int:
     child = subprocess.Popen(command)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # a terminal, and ray job stop, tell the child as well
-    return child.wait()
+    while True:
+        try:
+            return child.wait(AGAIN)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(Exception):  # whatever becomes of the request, the command goes on
+                ask()  # two that asked at once may have overwritten each other's request
 
 
 if __name__ == "__main__":

@@ -139,7 +139,9 @@ class Listener(tune.Callback):
 
     def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """A trial has lost its worker, and waits for another: that costs nothing."""
-        self._seen[trial.trial_id].hours += self._budget.end(self._domain.name, trial.trial_id)
+        spent = self._budget.end(self._domain.name, trial.trial_id)
+        if seen := self._seen.get(trial.trial_id):  # it may have been lost before it had begun
+            seen.hours += spent
 
     def _begin(self, proposal: Mapping[str, Any], trial_id: str) -> None:
         number, name = proposal["number"], name_of(proposal)

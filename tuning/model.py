@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from wesam import AdaptedSam, InputError, Prompts, load_sam, predict
 from wesam.adapters import made_for
 from wesam.data.images import read_image
-from wesam.sam.promptable import CHUNK
 
 AT_ONCE = 2**30
 """Bytes of masks that are held at once: for more of them a large image is encoded more than once."""
@@ -89,7 +88,7 @@ class Segmenter(PythonModel):
         except InputError as e:
             raise InputError(f"{name}: {e}") from None
         found = []
-        for part in torch.arange(len(prompts)).split(max(CHUNK, AT_ONCE // image[0].numel())):
+        for part in torch.arange(len(prompts)).split(max(1, AT_ONCE // image[0].numel())):
             masks, iou = predict(self.model, image, prompts[part])
             found += [_packed(m.numpy(), float(i)) for m, i in zip(masks, iou, strict=True)]
         return found

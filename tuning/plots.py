@@ -187,7 +187,7 @@ _BACKGROUND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0
 def importances(trials: Sequence[Trial], space: Space) -> str | None:
     """How much of the variance between trials each hyperparameter explains (fANOVA); None for too few trials.
 
-    Of many trials, the time for which grows with their square, as many as :data:`MOST_FOR_IMPORTANCE`, evenly.
+    Of many trials, the time for which grows with their square, at most :data:`MOST_FOR_IMPORTANCE`, evenly chosen.
     """
     inside = [t for t in trials if t.point]
     inside = inside[:: -(-len(inside) // MOST_FOR_IMPORTANCE) or 1]

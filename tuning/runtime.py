@@ -166,7 +166,7 @@ def _answers(
 
         try:
             return seen, weights_digest(model)
-        except InputError:
+        except (InputError, OSError):
             return seen, ""
 
     asked: Any = ray.remote(num_cpus=0)(look)

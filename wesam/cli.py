@@ -235,7 +235,7 @@ def _export(args: argparse.Namespace) -> None:
         write_weights(model.merged(), args.merge)
         kind, file = str(getattr(sam, "name_or_path", "")).partition("-")[0], repr(str(args.merge))
         loaded = f"wesam.load_sam({file})"
-        if kind in sam_model_registry:
+        if kind in sam_model_registry and args.merge.suffix == ".pth":
             loaded = f"segment_anything.sam_model_registry[{kind!r}](checkpoint={file})"
         print(f"{args.merge} holds {name} with {args.adapter} in its weights; in Python: {loaded}")
         print("SamPredictor's coordinates are half a pixel of its resized image less than wesam's (docs/method.md)")

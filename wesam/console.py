@@ -113,12 +113,15 @@ class Words(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         """As the base has it."""
-        setattr(namespace, self.dest, [word for value in values for word in value.split(",") if word])
+        words = [word for value in values for word in value.split(",") if word]
+        if not words:
+            parser.error(f"{option_string} is given nothing")
+        setattr(namespace, self.dest, words)
 
 
 def picture_file(text: str) -> Path:
     """A picture that is going to be written: a format that there is, in a folder that is there."""
-    if Path(text).suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(Path(text).suffix.lower()) not in Image.SAVE:
         raise argparse.ArgumentTypeError(f"cannot write {text}: its ending is no picture's, give a .png")
     return json_file(text)
 

@@ -195,10 +195,10 @@ def predict(
     if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
         hint = "; of an array [H, W, 3]: torch.from_numpy(array).permute(2, 0, 1)"
         raise InputError(f"the image must be a tensor, uint8 [3, H, W], got {_form(image)}{hint}")
-    if (boxes := prompts.boxes) is not None and not (boxes[:, 2:] > boxes[:, :2]).all():
-        raise InputError("each box must be x0, y0, x1, y1, with x1 above x0 and y1 above y0")
     if not len(prompts):
         return torch.zeros(0, *image.shape[1:], dtype=torch.bool), torch.zeros(0)
+    if (boxes := prompts.boxes) is not None and not (boxes[:, 2:] > boxes[:, :2]).all():
+        raise InputError("each box must be x0, y0, x1, y1, with x1 above x0 and y1 above y0")
     crop = crop_of(model, crop)
     where = windows(prompts, (image.shape[1], image.shape[2]), crop) if crop else None
     return _predict(model, image, prompts, where)

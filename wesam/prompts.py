@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import cv2
 import numpy as np
@@ -44,7 +44,7 @@ NO_CLICK = -1
 class Prompts:
     """The weak labels of N instances, all of one kind, in one frame; what the kind does not have is None.
 
-    Lists and arrays of these shapes become tensors.
+    Lists and arrays of these shapes become tensors; raises InputError for other shapes.
     """
 
     boxes: Tensor | None = None
@@ -59,11 +59,13 @@ class Prompts:
     """Whether a box holds the whole of its object: predicted masks are then cut to it."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("boxes", torch.float32), ("points", torch.float32), ("point_labels", torch.int)):
-            if (given := getattr(self, name)) is not None and not isinstance(given, Tensor):
-                object.__setattr__(self, name, torch.as_tensor(given, dtype=kind))
-        if not all(isinstance(p, Tensor) for p in self.polygons or ()):
-            polygons = tuple(torch.as_tensor(p, dtype=torch.float32) for p in self.polygons or ())
+        for name, form, kind in (
+            ("boxes", (4,), torch.float32), ("points", (-1, 2), torch.float32), ("point_labels", (-1,), torch.int),
+        ):  # fmt: skip
+            if (given := getattr(self, name)) is not None:
+                object.__setattr__(self, name, _shaped(name, given, form, kind))
+        if self.polygons is not None:
+            polygons = tuple(_shaped("a polygon", p, (2,), torch.float32) for p in self.polygons)
             object.__setattr__(self, "polygons", polygons)
         if sum(x is not None for x in (self.boxes, self.points, self.polygons)) != 1:
             raise ValueError("prompts are of exactly one kind: boxes, points or polygons")
@@ -101,7 +103,7 @@ class Prompts:
     def resized(self, before: Sequence[int], after: Sequence[int]) -> Self:
         """The same prompts in an image of the (height, width) ``before`` that is resized to the one ``after``."""
         factor = torch.tensor([after[1] / before[1], after[0] / before[0]], dtype=torch.float32)
-        return self._moved(lambda xy: xy * factor)
+        return self._moved(lambda xy: xy * factor.to(xy.device))
 
     def flipped(self, horizontal: bool, vertical: bool, size: tuple[int, int]) -> Self:
         """The same prompts in an image of this (height, width), mirrored left-right and/or up-down."""
@@ -249,6 +251,17 @@ class Prompts:
             points=torch.cat([F.pad(points, (0, 0, 0, most - points.shape[1])) for points, _ in clicks]),
             point_labels=torch.cat([F.pad(x, (0, most - x.shape[1]), value=NO_CLICK) for _, x in clicks]),
         )
+
+
+def _shaped(what: str, given: Any, form: tuple[int, ...], kind: torch.dtype) -> Tensor:
+    """A tensor [N, *form], in which -1 is any number; raises InputError if it is of another shape."""
+    found = given if isinstance(given, Tensor) else torch.as_tensor(given, dtype=kind)
+    if not isinstance(given, Tensor) and not found.numel():
+        found = found.reshape(0, *(abs(n) for n in form))
+    if found.ndim != 1 + len(form) or any(n not in (-1, m) for n, m in zip(form, found.shape[1:], strict=True)):
+        sizes = ", ".join("P" if n == -1 else str(n) for n in form)
+        raise InputError(f"{what} must be [N, {sizes}], got {list(found.shape)}")
+    return found
 
 
 def changed_labels(*kinds: str) -> str:

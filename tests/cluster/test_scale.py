@@ -40,7 +40,17 @@ def run(tmp_path: Path, code: str, *options: str) -> int:
 def test_the_command_runs_on_the_grown_cluster_which_then_shrinks(requests: list[Any], tmp_path: Path) -> None:
     assert run(tmp_path, "import sys; open({}, 'w'); sys.exit(3)", "--gpus", "2") == 3
     assert (tmp_path / "ran").exists()
-    assert requests == [[{"CPU": 1, "GPU": 1}] * 2, []]
+    assert requests == [*[[{"CPU": 1, "GPU": 1}] * 2] * 3, []]
+
+
+def test_a_command_that_goes_on_asks_again(
+    requests: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scale, "AGAIN", 0.1)
+    assert run(tmp_path, "import time; open({}, 'w'); time.sleep(1)", "--gpus", "1") == 0
+    assert len(requests) > 4
+    assert all(asked == [{"CPU": 1, "GPU": 1}] for asked in requests[:-1])
+    assert requests[-1] == []
 
 
 def test_it_begins_with_what_is_there_when_the_wait_is_over(

@@ -467,6 +467,7 @@ def test_a_trial_that_waits_for_another_worker_spends_nothing(tmp_path: Path, mo
     trial: Any = SimpleNamespace(trial_id="a", config={})
     Listener.on_trial_start(listener, 0, [], trial)
     now[0] = 1.0
+    Listener.on_trial_recover(listener, 0, [], SimpleNamespace(trial_id="lost while it was being started"))  # type: ignore[arg-type]
     Listener.on_trial_recover(listener, 0, [], trial)
     now[0] = 10.0
     assert seen.hours + budget.of("d", "a") == 1.0

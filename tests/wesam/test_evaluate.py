@@ -267,3 +267,4 @@ def test_what_is_no_image_and_what_is_no_box_is_refused(sam: Sam) -> None:
         with pytest.raises(InputError, match="x1 above x0"):
             predict(sam, image, Prompts(boxes=torch.tensor([box])))
     assert len(predict(sam, image, boxes)[0]) == 1
+    assert len(predict(sam, image, Prompts(boxes=torch.zeros(0, 4)))[0]) == 0

@@ -11,6 +11,7 @@ import torch
 
 from wesam.config import PromptKind
 from wesam.data import load_domain
+from wesam.errors import InputError
 from wesam.evaluate import overlap
 from wesam.prompts import NO_CLICK, POINTS, VERTICES, Prompts, tight_boxes, weak_labels
 from wesam.views import flip
@@ -229,3 +230,20 @@ def test_lists_and_arrays_become_tensors() -> None:
     assert (clicks.points.dtype, clicks.point_labels.dtype) == (torch.float32, torch.int)
     outline: Any = ([[1, 2], [9, 2], [4, 8]],)
     assert Prompts(polygons=outline).filled((10, 10)).sum() > 9
+    array: Any = np.array([[[1, 2], [9, 2], [4, 8]]])
+    assert len(Prompts(polygons=array)) == 1
+    nothing: Any = []
+    assert (len(Prompts(boxes=nothing)), len(Prompts(points=nothing, point_labels=nothing))) == (0, 0)
+
+
+def test_what_has_another_shape_is_refused() -> None:
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"boxes": [40, 30, 120, 110]}, r"boxes must be \[N, 4\], got \[4\]"),
+        ({"boxes": [[1, 2, 30]]}, r"boxes must be \[N, 4\], got \[1, 3\]"),
+        ({"points": [[1, 2]], "point_labels": [[1]]}, r"points must be \[N, P, 2\]"),
+        ({"points": [[[1, 2]]], "point_labels": [1]}, r"point_labels must be \[N, P\]"),
+        ({"polygons": [[1, 2], [3, 4]]}, r"a polygon must be \[N, 2\]"),
+    ]
+    for given, told in wrong:
+        with pytest.raises(InputError, match=told):
+            Prompts(**given)
