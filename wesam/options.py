@@ -7,12 +7,12 @@ import itertools
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 
+from wesam import __version__
 from wesam.adapters import CONFIG_FILE, WEIGHTS_FILE
 from wesam.config import PRESETS, Config, Objective, PromptKind
 from wesam.console import DOMAIN_HELP, PROMPT_HELP, Parser, Words, json_file, picture_file, spare_files
@@ -31,7 +31,7 @@ Command = Callable[[argparse.Namespace], int | None]
 def make_parser(run: Mapping[str, Command]) -> Parser:
     """The parser of the whole command line; run: what each command does, which becomes ``run`` of its arguments."""
     parser = Parser(prog="wesam", description="Adapt Segment Anything to an image domain from weak labels alone.")
-    parser.add_argument("--version", action="version", version=f"wesam {version('wesam')}")
+    parser.add_argument("--version", action="version", version=f"wesam {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
