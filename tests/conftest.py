@@ -17,11 +17,6 @@ from wesam.data import Domain, Split, load_domain
 from wesam.sam import load_sam
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole studies begin first: their file lasts longest, and the others fit beside it."""
-    items.sort(key=lambda item: item.path.name != "test_study.py")
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
