@@ -19,7 +19,7 @@ from wesam.compare import train_once
 from wesam.config import PromptKind, Value
 from wesam.drawings import Drawing
 from wesam.memory import reckon
-from wesam.sam import REGISTRY
+from wesam.sam import REGISTRY, kind_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ def _direct(model: str, domain: str, prompt: PromptKind, crop: float, most: int)
 
 def _reckoned(sam: Sam, config: Config) -> float:
     """The memory of a step on a GPU, in GiB: what a process on a CPU holds is mostly other things."""
-    entry = REGISTRY[str(sam.name_or_path).partition("-")[0]]
+    entry = REGISTRY[kind_of(sam)]
     return reckon(entry.build, config, config.max_instances)
 
 

@@ -113,7 +113,7 @@ class Tracker:
         """Whether the store of artifacts has not taken the last ones, however often they were brought."""
         self._open: list[Run] = []
         self._lock = threading.Lock()
-        if "://" not in uri and ":" not in uri and uri != "databricks":
+        if ":" not in uri and uri != "databricks":
             raise InputError(f"--tracking-uri {uri} is no address: that of a database file is sqlite:///{uri}")
         if file := sqlite_file(uri):
             lasting(file, "--tracking-uri")

@@ -160,9 +160,9 @@ def backward(model: AdaptedSam, batch: Batch, method: Method, config: Config) ->
 def _too_much(sam: Sam, config: Config, step: int) -> str:
     """What a person can do whose GPU is too small."""
     from wesam.memory import relief  # it runs a step of this module
-    from wesam.sam import REGISTRY
+    from wesam.sam import REGISTRY, kind_of
 
-    entry = REGISTRY.get(str(getattr(sam, "name_or_path", "")).partition("-")[0])
+    entry = REGISTRY.get(kind_of(sam))
     hint = relief(entry.build, config) if entry else "lower optim.batch_size or max_instances"
     return f"the GPU's memory is full at step {step + 1}: {hint}"
 

@@ -33,7 +33,7 @@ from wesam.methods import method_preset
 from wesam.options import Command, given_domain, make_parser, spare
 from wesam.overlay import contact_sheet, overlay
 from wesam.prompts import Prompts
-from wesam.sam import REGISTRY, describe, fetch_model, find_model, load_sam, write_weights
+from wesam.sam import REGISTRY, describe, fetch_model, find_model, kind_of, load_sam, write_weights
 
 SMALL = 0.1
 """Of the image's longer side: instances below it are a few pixels long to a model, as nuclei in microscopy are."""
@@ -233,7 +233,7 @@ def _export(args: argparse.Namespace) -> None:
     model = AdaptedSam.load(sam, folder)
     if args.merge:
         write_weights(model.merged(), args.merge)
-        kind, file = str(getattr(sam, "name_or_path", "")).partition("-")[0], repr(str(args.merge))
+        kind, file = kind_of(sam), repr(str(args.merge))
         loaded = f"wesam.load_sam({file})"
         if kind in sam_model_registry and args.merge.suffix == ".pth":
             loaded = f"segment_anything.sam_model_registry[{kind!r}](checkpoint={file})"

@@ -16,6 +16,7 @@ from segment_anything.modeling import ImageEncoderViT, Sam
 
 from wesam.adapters import WEIGHTS_FILE, AdaptedSam, is_adapter
 from wesam.errors import InputError
+from wesam.sam import kind_of
 from wesam.sam.checkpoints import write_tensors
 
 if TYPE_CHECKING:
@@ -156,5 +157,5 @@ def _in_peft(key: str) -> str:
 
 def _convertible(sam: Sam) -> None:
     if not isinstance(sam.image_encoder, ImageEncoderViT):
-        name = str(getattr(sam, "name_or_path", "this model")).partition("-")[0]
+        name = kind_of(sam) or "this model"
         raise InputError(f"transformers has no {name}: only models with SAM's own encoder can be exported for it")

@@ -74,6 +74,11 @@ def model_names() -> list[str]:
     return list(REGISTRY)
 
 
+def kind_of(sam: Sam) -> str:
+    """The name in the registry of the model that this is, whatever its weights; empty if it was not loaded by name."""
+    return str(getattr(sam, "name_or_path", "")).partition("-")[0]
+
+
 def find_model(model: str) -> Path:
     """The weights file that :func:`load_sam` reads for this model; raises InputError, with what to do, without one."""
     return _find(model)[1]
@@ -137,7 +142,7 @@ def write_weights(sam: Sam, path: Path) -> None:
     for a file that cannot be written.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in sam.state_dict().items()}
-    nano = str(getattr(sam, "name_or_path", "")).partition("-")[0] == "nano"
+    nano = kind_of(sam) == "nano"
     if nano and path.suffix == ".pth" and shape_of(sam) != Shape():
         raise InputError(f"cannot write {path}: of a nano of another shape only a .safetensors file says which")
     try:
